@@ -1,0 +1,1 @@
+"""The process: command line, configuration, and the loop that joins learning to the network."""

@@ -1,0 +1,1 @@
+"""The learning: tasks, rollouts, scoring and SAPO updates. Opens no sockets."""

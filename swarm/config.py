@@ -1,0 +1,151 @@
+"""Settings of everything that learns, one frozen section per part. `node.config` adds the process's own.
+
+Units stand in names. Unknown keys are refused. Defaults suit the built-in model `tiny` on two CPU cores;
+`node.config` lays a preset over them for larger models.
+"""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+__all__ = [
+    "CheckpointConfig",
+    "EngineConfig",
+    "EvaluationConfig",
+    "LoraConfig",
+    "ModelConfig",
+    "RolloutConfig",
+    "SapoConfig",
+    "ScoringConfig",
+    "Section",
+    "TaskSourceConfig",
+    "TasksConfig",
+    "TrainerConfig",
+]
+
+
+class Section(BaseModel):
+    """A frozen group of settings that refuses keys it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelConfig(Section):
+    """The policy."""
+
+    name: str = Field("tiny", description="hub id, local folder, .gguf file, or built-in: tiny, smollm2-135m")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="computation; auto: bf16 where it is fast")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:N, mps (ROCm devices are named cuda)")
+    system_prompt: str | None = Field(None, description="system message, for models with a chat template")
+
+
+class TaskSourceConfig(Section):
+    """One source of tasks, and its share of the mixture."""
+
+    name: str = Field(description="a reasoning-gym task, or the path of a .jsonl file")
+    weight: float = Field(1.0, gt=0, description="share of the mixture, relative to the other sources")
+    config: dict[str, Any] = Field(default_factory=dict, description="settings of the reasoning-gym task")
+
+
+class TasksConfig(Section):
+    """What is asked, and how answers are read."""
+
+    sources: tuple[TaskSourceConfig, ...] = Field((), description="the mixture; empty: what the model's preset names")
+    answer: tuple[Literal["answer_tag", "boxed", "last_number", "whole_text"], ...] = Field(
+        ("answer_tag", "boxed", "last_number"),
+        min_length=1,
+        description="where the answer stands in a completion; the first of these that is found counts",
+    )
+    partial_credit: Literal["none", "scorer"] = Field(
+        "none", description="none: a reward is 1 for a fully correct answer and 0 otherwise; scorer: the scorer's float"
+    )
+    heldout_fraction: float = Field(0.1, gt=0, lt=1, description="share of questions that are never trained on")
+
+
+class RolloutConfig(Section):
+    """How completions are written."""
+
+    num_completions: int = Field(8, ge=2, description="completions per group (the paper's L)")
+    max_new_tokens: int = Field(32, ge=1, description="budget of a completion, in tokens")
+    temperature: float = Field(1.0, gt=0, description="sampling temperature")
+    top_p: float = Field(1.0, gt=0, le=1, description="nucleus sampling; 1: off")
+    top_k: int = Field(0, ge=0, description="top-k sampling; 0: off")
+
+
+class SapoConfig(Section):
+    """Where a training batch comes from (arXiv 2509.08721)."""
+
+    num_local: int = Field(8, ge=1, description="own groups per round (the paper's I)")
+    num_external: int = Field(0, ge=0, description="groups from the swarm per round (the paper's J)")
+    advantage: Literal["group_std", "group_mean"] = Field(
+        "group_std", description="group_std: (reward - mean) / std; group_mean: reward - mean (Dr. GRPO)"
+    )
+    min_reward_spread: float = Field(
+        1e-3, ge=0, description="a group whose rewards have a smaller standard deviation has advantage zero"
+    )
+
+
+class LoraConfig(Section):
+    """Low-rank adapters, through peft."""
+
+    rank: int = Field(0, ge=0, description="0: train all weights")
+    alpha: float = Field(32.0, gt=0, description="scale of the adapter is alpha / rank")
+    target_modules: str = Field("all-linear", description="peft's name for the layers that get an adapter")
+
+
+class TrainerConfig(Section):
+    """How the policy is updated."""
+
+    learning_rate: float = Field(1e-4, gt=0, description="AdamW step size after warm-up")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
+    beta1: float = Field(0.9, ge=0, lt=1, description="AdamW first-moment decay")
+    beta2: float = Field(0.999, ge=0, lt=1, description="AdamW second-moment decay")
+    epsilon: float = Field(1e-8, gt=0, description="AdamW epsilon")
+    warmup_updates: int = Field(0, ge=0, description="optimizer steps over which the learning rate rises from 0")
+    max_grad_norm: float = Field(1.0, gt=0, description="gradients are scaled down to this global norm")
+    clip_low: float = Field(0.2, gt=0, lt=1, description="ratio is clipped below 1 - clip_low")
+    clip_high: float = Field(0.28, gt=0, description="ratio is clipped above 1 + clip_high (DAPO's clip-higher)")
+    kl_coef: float = Field(0.0, ge=0, description="weight of the KL penalty to the initial policy; 0: no reference")
+    normalization: Literal["grpo", "dr_grpo", "dapo", "gspo"] = Field(
+        "dapo", description="grpo: mean over each completion; dapo: over all tokens; dr_grpo: constant; gspo: sequence ratio"
+    )
+    tis_cap: float = Field(2.0, gt=0, description="cap of the importance weight from engine to trainer log-probs")
+    num_epochs: int = Field(1, ge=1, description="passes over a batch")
+    num_minibatches: int = Field(1, ge=1, description="optimizer steps per pass")
+    max_tokens_per_microbatch: int = Field(4096, ge=16, description="packed tokens per forward pass; bounds memory")
+    logprob_chunk_tokens: int = Field(1024, ge=1, description="positions whose logits exist at one time")
+    max_nonfinite_updates: int = Field(3, ge=1, description="consecutive non-finite updates that stop the node")
+    lora: LoraConfig = LoraConfig()
+
+
+class EngineConfig(Section):
+    """The rollout engine."""
+
+    backend: Literal["torch"] = Field("torch", description="which engine writes rollouts")
+    max_slots: int = Field(64, ge=1, description="sequences decoded at one time")
+    max_seq_len: int = Field(0, ge=0, description="prompt and completion, in tokens; 0: what the run needs")
+
+
+class ScoringConfig(Section):
+    """Sandboxed verification of answers."""
+
+    num_workers: int = Field(1, ge=1, description="child processes that score")
+    cpu_limit_s: float = Field(2.0, gt=0, description="processor time for one answer")
+    wall_limit_s: float = Field(5.0, gt=0, description="wall time for one answer; then the child is replaced")
+    memory_limit_mb: int = Field(1024, ge=256, description="address space a child may add to what it starts with")
+    max_answer_chars: int = Field(8192, ge=1, description="a longer extracted answer scores 0 unread")
+
+
+class EvaluationConfig(Section):
+    """Held-out pass@1 of the node's own policy."""
+
+    num_items: int = Field(256, ge=0, description="held-out questions; 0: no evaluation")
+    every_rounds: int = Field(100, ge=0, description="rounds between evaluations; 0: only before and after")
+    temperature: float = Field(1.0, ge=0, description="sampling temperature; 0 is greedy")
+
+
+class CheckpointConfig(Section):
+    """What survives a crash. Every finished round is in the journal; checkpoints bound what a resume replays."""
+
+    interval_s: float = Field(30.0, ge=0, description="least seconds between checkpoints; stretched to cost at most 5 %")
+    keep: int = Field(2, ge=1, description="checkpoints kept; the newest readable one is used")

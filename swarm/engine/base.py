@@ -1,0 +1,111 @@
+"""The contract of a rollout engine: token ids in, token ids out.
+
+An engine samples completions for requests in continuous batches. It holds its own copy of the policy's
+weights, replaced by `load_policy` between two decode steps. Everything that an engine does is a function
+of its requests: the noise that draws a token depends on (request seed, position) and on nothing else.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from swarm.types import Completion
+
+__all__ = ["Engine", "EngineStats", "Request", "SamplingParams"]
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How tokens are drawn."""
+
+    max_new_tokens: int  # budget of the whole completion, a resumed prefix included
+    temperature: float = 1.0  # 0 is greedy; log-probabilities are then those at temperature 1
+    top_p: float = 1.0  # nucleus: the smallest set of tokens with at least this mass
+    top_k: int = 0  # 0: no limit
+    ignore_eos: bool = False  # run to the budget, for benchmarks with enforced lengths
+
+    def __post_init__(self) -> None:
+        """Refuse values that have no meaning."""
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
+        if self.temperature < 0:
+            raise ValueError(f"temperature must not be negative, not {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1], not {self.top_p}")
+        if self.top_k < 0:
+            raise ValueError(f"top_k must not be negative, not {self.top_k}")
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One completion to write. Requests with equal `prompt_ids` share one prefill where they start together."""
+
+    request_id: int  # unique among the requests that an engine holds
+    prompt_ids: tuple[int, ...]
+    seed: int  # unsigned 64-bit; with the position it determines the noise of every token
+    sampling: SamplingParams
+    partial: Completion | None = None  # resume: tokens already written, kept and continued
+
+
+@dataclass(slots=True)
+class EngineStats:
+    """Counters since the engine was made."""
+
+    num_tokens_generated: int = 0
+    num_tokens_prefilled: int = 0
+    num_steps: int = 0
+    num_policy_loads: int = 0
+    num_slot_steps: int = 0  # decode slots that were busy, summed over steps
+
+
+class Engine(ABC):
+    """Samples completions. Not thread-safe: one thread calls it at a time."""
+
+    stats: EngineStats
+
+    @property
+    @abstractmethod
+    def policy_version(self) -> int:
+        """The version of the weights that the next step uses."""
+
+    @property
+    @abstractmethod
+    def num_unfinished(self) -> int:
+        """Requests that wait or run."""
+
+    @abstractmethod
+    def submit(self, requests: Sequence[Request]) -> None:
+        """Queue requests.
+
+        Raises ValueError for a request id that is in use, an empty prompt, a partial completion that has
+        already finished, or a prompt and budget that do not fit the engine's sequence length.
+        """
+
+    @abstractmethod
+    def step(self) -> list[Completion]:
+        """Decode one step of every running request; return the completions that finished in it."""
+
+    @abstractmethod
+    def abort(self, request_ids: Collection[int] | None = None) -> list[Completion]:
+        """Stop requests (all of them by default) and return what they have, to be resumed or thrown away."""
+
+    @abstractmethod
+    def load_policy(self, state: Mapping[str, torch.Tensor], version: int) -> None:
+        """Take new weights, in the names of the model's `state_dict`, between two steps.
+
+        Requests in flight go on under the new weights; no attention state of the old weights is used.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Free memory and end every process the engine started."""
+
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        """Submit and run to the end. Returns completions in the order of the requests."""
+        self.submit(requests)
+        done: dict[int, Completion] = {}
+        while self.num_unfinished:
+            done.update((completion.request_id, completion) for completion in self.step())
+        return [done[request.request_id] for request in requests]
