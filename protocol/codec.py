@@ -1,0 +1,122 @@
+"""Canonical MessagePack: one value has one encoding, and every size limit is here.
+
+A value is None, a bool, an integer of 64 bits, a finite float, a string, bytes, a list (tuples are written
+as lists), or a mapping with string keys. Keys are written in the order of their UTF-8 bytes, integers in
+their shortest form, floats with 64 bits. `decode` refuses every other encoding of the same value, so that
+equal digests mean equal bytes. What a record means is `messages`'s; signing is `signing`'s.
+"""
+
+import hashlib
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import msgpack
+
+from protocol.errors import CodecError
+from protocol.messages import TaskRef
+
+__all__ = [
+    "DIGEST_HEX_DIGITS",
+    "MAX_DEPTH",
+    "MAX_FILE_RECORD_BYTES",
+    "MAX_RECORD_BYTES",
+    "MAX_SOURCE_BYTES",
+    "decode",
+    "digest",
+    "encode",
+    "pack_task_ref",
+    "unpack_task_ref",
+]
+
+MAX_RECORD_BYTES = 4 * 2**20  # one record from a peer
+MAX_FILE_RECORD_BYTES = 1 * 2**30  # one record of the node's own files (journal, checkpoint)
+MAX_DEPTH = 16  # containers within containers
+MAX_SOURCE_BYTES = 128  # UTF-8 length of a task source's name
+DIGEST_HEX_DIGITS = 32  # 128 bits of SHA-256
+
+_MAX_UNSIGNED = 2**64 - 1
+_MIN_SIGNED = -(2**63)
+
+
+def encode(value: object, *, max_bytes: int = MAX_RECORD_BYTES) -> bytes:
+    """Return the canonical encoding. Raises CodecError for a value that has none, or one over `max_bytes`."""
+    try:
+        data: bytes = msgpack.packb(_canonical(value, MAX_DEPTH), use_bin_type=True)
+    except UnicodeEncodeError as error:
+        raise CodecError(f"a string that is not Unicode text: {error.reason}") from error
+    if len(data) > max_bytes:
+        raise CodecError(f"a record of {len(data)} bytes is over the limit of {max_bytes}")
+    return data
+
+
+def decode(data: bytes, *, max_bytes: int = MAX_RECORD_BYTES) -> Any:  # noqa: ANN401 - the caller narrows it
+    """Return the value of a canonical encoding; its containers are lists and dicts.
+
+    Raises CodecError for anything else. Memory stays proportional to `len(data)`, whatever lengths the
+    data declares: the structure is walked without building anything before a container is allocated.
+    """
+    if len(data) > max_bytes:
+        raise CodecError(f"a record of {len(data)} bytes is over the limit of {max_bytes}")
+    try:
+        walk = msgpack.Unpacker(max_buffer_size=max(len(data), 1))
+        walk.feed(data)
+        walk.skip()
+        if walk.tell() != len(data):
+            raise CodecError(f"{len(data) - walk.tell()} bytes after the record")
+        value = msgpack.unpackb(data, raw=False, strict_map_key=True)
+    except (msgpack.UnpackException, ValueError) as error:
+        raise CodecError(f"not MessagePack: {error or type(error).__name__}") from error
+    if encode(value, max_bytes=max_bytes) != data:
+        raise CodecError("not in canonical form")
+    return value
+
+
+def digest(value: object) -> str:
+    """Return the first 128 bits of SHA-256 of the canonical encoding, as 32 hex digits."""
+    return hashlib.sha256(encode(value, max_bytes=MAX_FILE_RECORD_BYTES)).hexdigest()[:DIGEST_HEX_DIGITS]
+
+
+def pack_task_ref(ref: TaskRef) -> list[Any]:
+    """Return a reference as a value for `encode`: `[source, digest, seed, index]`."""
+    return [ref.source, ref.digest, ref.seed, ref.index]
+
+
+def unpack_task_ref(value: object) -> TaskRef:
+    """Return the reference in a decoded value. Raises CodecError where a field breaks what TaskRef promises."""
+    if not isinstance(value, list) or len(value) != 4:
+        raise CodecError("a task reference has four fields")
+    source, source_digest, seed, index = value
+    if not isinstance(source, str) or not 0 < len(source.encode()) <= MAX_SOURCE_BYTES:
+        raise CodecError(f"a task source's name has 1 to {MAX_SOURCE_BYTES} bytes")
+    if not isinstance(source_digest, str) or not re.fullmatch(f"[0-9a-f]{{{DIGEST_HEX_DIGITS}}}", source_digest):
+        raise CodecError(f"a task source's digest has {DIGEST_HEX_DIGITS} hex digits")
+    for name, number in (("seed", seed), ("index", index)):
+        if type(number) is not int or not 0 <= number <= _MAX_UNSIGNED:
+            raise CodecError(f"a task's {name} is an unsigned integer of 64 bits")
+    return TaskRef(source, source_digest, seed, index)
+
+
+def _canonical(value: object, depth: int) -> object:
+    """Return `value` with its keys in order, or raise CodecError; `depth` containers may still be opened."""
+    if value is None or isinstance(value, bool | str | bytes):
+        return value
+    if isinstance(value, int):
+        if not _MIN_SIGNED <= value <= _MAX_UNSIGNED:
+            raise CodecError(f"{value} does not fit 64 bits")
+        return int(value)
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise CodecError(f"{value} is not a finite number")
+        return float(value)
+    if depth == 0:
+        raise CodecError(f"more than {MAX_DEPTH} containers within one another")
+    if isinstance(value, list | tuple):
+        return [_canonical(item, depth - 1) for item in value]
+    if isinstance(value, Mapping):
+        for key in value:
+            if not isinstance(key, str):
+                raise CodecError(f"the key {key!r} is not a string")
+        return {key: _canonical(value[key], depth - 1) for key in sorted(value, key=str.encode)}
+    raise CodecError(f"a value of type {type(value).__name__} has no encoding")
