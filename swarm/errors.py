@@ -5,10 +5,25 @@
     │   ├── ModelError       a model that cannot be found or loaded
     │   ├── TaskError        an unknown task source, a refused scorer, a malformed task file
     │   └── CheckpointError  a checkpoint that cannot be written or read
+    ├── TaskRefError         a task reference that cannot be resolved here: data, to be counted
+    │   ├── UnknownSource    no source of this run has that name and digest: no offence of whoever sent it
+    │   └── InvalidTaskRef   the source is ours and has no such item
+    ├── ScoringError         scoring processes that do not start, or that the platform cannot confine
     └── TrainingDiverged     three non-finite updates in a row; the last good checkpoint is intact
 """
 
-__all__ = ["CheckpointError", "ModelError", "SwarmError", "TaskError", "TrainingDiverged", "UserError"]
+__all__ = [
+    "CheckpointError",
+    "InvalidTaskRef",
+    "ModelError",
+    "ScoringError",
+    "SwarmError",
+    "TaskError",
+    "TaskRefError",
+    "TrainingDiverged",
+    "UnknownSource",
+    "UserError",
+]
 
 
 class SwarmError(Exception):
@@ -29,6 +44,22 @@ class TaskError(UserError):
 
 class CheckpointError(UserError):
     """A checkpoint that cannot be written or read."""
+
+
+class TaskRefError(SwarmError):
+    """A task reference that cannot be resolved here."""
+
+
+class UnknownSource(TaskRefError):
+    """No source of this run has that name and digest."""
+
+
+class InvalidTaskRef(TaskRefError):
+    """The source is ours, and it has no such item."""
+
+
+class ScoringError(SwarmError):
+    """Scoring processes that do not start, or that this platform cannot confine."""
 
 
 class TrainingDiverged(SwarmError):
