@@ -84,6 +84,9 @@ class TrainingBatch:
     """What one update learns from. Groups without any advantage have been left out."""
 
     groups: tuple[TrainingGroup, ...]
+    num_own_zero_advantage: int = 0  # own groups that were chosen and left out
+    num_external_zero_advantage: int = 0  # external groups that were discarded before the choice
+    num_external_missing: int = 0  # wanted from the swarm and not there
 
     @property
     def num_completions(self) -> int:
