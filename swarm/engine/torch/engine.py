@@ -1,0 +1,169 @@
+"""The torch engine: continuous batching over slots of a KV cache, with counter-based sampling.
+
+    step = admit waiting requests (prefill each prompt once) · draw their first token · decode one token of all
+
+What it is made of: `runner` runs the model, `sampling` draws tokens, `slots` holds what is running. It
+exists because no library gives batched speculation, partial rollouts and live weights at once.
+"""
+
+from collections import deque
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from swarm.config import EngineConfig
+from swarm.engine.base import Engine, EngineStats, Request
+from swarm.engine.torch.generic import GenericRunner
+from swarm.engine.torch.llama import LlamaRunner
+from swarm.engine.torch.runner import ModelRunner
+from swarm.engine.torch.sampling import sample
+from swarm.engine.torch.slots import Running, Slots
+from swarm.types import Completion
+
+__all__ = ["TorchEngine"]
+
+_PREFILL_TOKENS = 8192  # tokens of one prefill pass; bounds its memory
+
+
+class TorchEngine(Engine):
+    """Samples from a transformers causal LM. Keeps its own copy of the weights of `model`."""
+
+    def __init__(
+        self, model: Any, *, eos_token_ids: Collection[int], config: EngineConfig, max_seq_len: int = 0
+    ) -> None:
+        """max_seq_len: prompt and completion, in tokens; 0 takes the config's, or the model's limit."""
+        limit = model.config.get_text_config().max_position_embeddings
+        capacity = max_seq_len or config.max_seq_len or limit
+        self.max_seq_len = min(capacity, limit)
+        runner = LlamaRunner if LlamaRunner.supports(model) else GenericRunner
+        with torch.inference_mode():
+            self._runner: ModelRunner = runner(model, config.max_slots, self.max_seq_len)
+            self._slots = Slots(config.max_slots, self.max_seq_len, sorted(eos_token_ids), self._runner.device)
+        self._waiting: deque[Running] = deque()
+        self._version = 0
+        self.stats = EngineStats()
+
+    @property
+    def policy_version(self) -> int:
+        """See Engine."""
+        return self._version
+
+    @property
+    def num_unfinished(self) -> int:
+        """See Engine."""
+        return len(self._waiting) + len(self._slots)
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        """Queue requests; see Engine."""
+        held = {running.request.request_id for running in self._waiting} | self._slots.request_ids
+        fresh = []
+        for request in requests:
+            if request.request_id in held:
+                raise ValueError(f"request {request.request_id} is already in the engine")
+            held.add(request.request_id)
+            if not request.prompt_ids:
+                raise ValueError(f"request {request.request_id} has an empty prompt")
+            need = len(request.prompt_ids) + request.sampling.max_new_tokens
+            if need > self.max_seq_len:
+                raise ValueError(
+                    f"request {request.request_id} needs {need} tokens, engine.max_seq_len is {self.max_seq_len}"
+                )
+            partial = request.partial
+            if partial is not None and (
+                partial.finish_reason != "aborted" or len(partial.token_ids) >= request.sampling.max_new_tokens
+            ):
+                raise ValueError(f"request {request.request_id} resumes a completion that has already finished")
+            fresh.append(Running.of(request))
+        self._waiting.extend(fresh)
+
+    @torch.inference_mode()
+    def step(self) -> list[Completion]:
+        """Admit, then decode one token of every running request; see Engine."""
+        done = self._admit() if self._waiting and self._slots.num_free else []
+        if len(self._slots):
+            slots, n = self._slots, len(self._slots)
+            hidden = self._runner.decode(slots.last_tokens[:n], slots.cached.tolist())
+            slots.cached += 1
+            done += self._draw(self._runner.logits(hidden), range(n))
+            self.stats.num_steps += 1
+            self.stats.num_slot_steps += n
+        return done
+
+    def _admit(self) -> list[Completion]:
+        """Move requests from the queue into slots and draw their first new token."""
+        slots = self._slots
+        admitted: dict[tuple[int, ...], list[Running]] = {}  # tokens to prefill -> who needs them
+        num_tokens = 0
+        while self._waiting and slots.num_free:
+            running = self._waiting[0]
+            sequence = running.sequence()
+            if sequence not in admitted:
+                if admitted and num_tokens + len(sequence) > _PREFILL_TOKENS:
+                    break
+                num_tokens += len(sequence)
+            self._waiting.popleft()
+            slots.add(running, cached=len(sequence), version=self._version)
+            admitted.setdefault(sequence, []).append(running)
+        sequences = list(admitted)
+        hidden = self._runner.prefill(sequences, [group[0].slot for group in admitted.values()])
+        for sequence, group in admitted.items():
+            if len(group) > 1:
+                self._runner.copy_prefix(group[0].slot, [running.slot for running in group[1:]], len(sequence))
+        self.stats.num_tokens_prefilled += num_tokens
+        where = [slot for group in admitted.values() for slot in (running.slot for running in group)]
+        order = [row for row, group in enumerate(admitted.values()) for _ in group]
+        logits = self._runner.logits(hidden)[order]
+        return self._draw(logits, where)
+
+    def _draw(self, logits: torch.Tensor, where: Sequence[int]) -> list[Completion]:
+        """Draw the next token of some slots and return what has finished. logits: [len(where), vocab]."""
+        slots = self._slots
+        rows = slots.rows(where)
+        tokens, logprobs = sample(
+            logits, slots.seeds[rows], slots.generated[rows], slots.temperature[rows], *slots.truncation(rows)
+        )
+        self.stats.num_tokens_generated += len(where)
+        finished = slots.append(rows, tokens, logprobs)
+        return [self._finish(running, reason) for running, reason in finished]
+
+    def _finish(self, running: Running, reason: Any) -> Completion:
+        """Free a slot, keeping the occupied ones dense, and return what it holds."""
+        slots = self._slots
+        completion = slots.completion(running, reason)
+        last = len(slots) - 1
+        if running.slot != last:
+            self._runner.move(last, running.slot, int(slots.cached[last]))
+        slots.remove(running)
+        return completion
+
+    @torch.inference_mode()
+    def abort(self, request_ids: Collection[int] | None = None) -> list[Completion]:
+        """Stop requests and return what they have; see Engine."""
+        wanted = None if request_ids is None else set(request_ids)
+        stopped = []
+        for running in list(self._waiting):
+            if wanted is None or running.request.request_id in wanted:
+                self._waiting.remove(running)
+                stopped.append(running.unstarted())
+        for running in list(self._slots):
+            if wanted is None or running.request.request_id in wanted:
+                stopped.append(self._finish(running, "aborted"))
+        return stopped
+
+    @torch.inference_mode()
+    def load_policy(self, state: Mapping[str, torch.Tensor], version: int) -> None:
+        """Take new weights; see Engine. Running requests are prefilled again under them."""
+        interrupted = []
+        for running in list(self._slots):
+            interrupted.append(running.resumed(self._slots.completion(running, "aborted")))
+            self._slots.remove(running)
+        self._waiting.extendleft(reversed(interrupted))
+        self._runner.load(state)
+        self._version = version
+        self.stats.num_policy_loads += 1
+
+    def close(self) -> None:
+        """Drop the weights and the cache; the engine cannot be used afterwards."""
+        self._waiting.clear()
+        del self._runner, self._slots

@@ -1,0 +1,214 @@
+"""The runner for any transformers causal LM whose attention function can be exchanged.
+
+It drives the model's own forward pass and puts two things in its place: the KV cache, which becomes slots
+allocated once, and the attention function, which becomes the decode and prefill attention of this
+engine. Linear layers are packed where that pays. Everything else is the model's own code.
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from torch.nn import functional
+
+from swarm.engine.torch.attention import attend_slots, length_mask
+from swarm.engine.torch.linear import PackedLinear, can_pack
+from swarm.engine.torch.runner import ModelRunner
+from swarm.errors import ModelError
+
+__all__ = ["GenericRunner"]
+
+_NAME = "swarm_slots"
+
+
+class _Pass:
+    """What the attention function needs to know of the forward pass that runs."""
+
+    def __init__(self, slots: Sequence[int], lengths: Sequence[int], decoding: bool) -> None:
+        self.slots, self.lengths, self.decoding = slots, lengths, decoding
+        self.masks: dict[tuple[int, int], torch.Tensor | None] = {}  # (num_kv_heads, window) -> decode mask
+
+
+class _SlotCache(transformers.Cache):  # type: ignore[misc]
+    """Keys and values by slot. `update` stores; the attention function reads."""
+
+    def __init__(self, num_slots: int, capacity: int) -> None:
+        self.num_slots, self.capacity = num_slots, capacity
+        self.sides: dict[int, torch.Tensor] = {}  # layer -> [2, num_slots, num_kv_heads, capacity, head_dim]
+        self.current: _Pass | None = None
+        self.layers = []
+
+    def side(self, layer: int, like: torch.Tensor) -> torch.Tensor:
+        """Return the layer's cache; made at its first use, in float32 on CPUs."""
+        if layer not in self.sides:
+            dtype = torch.float32 if like.device.type == "cpu" else like.dtype
+            shape = (2, self.num_slots, like.shape[1], self.capacity, like.shape[3])
+            self.sides[layer] = torch.zeros(shape, dtype=dtype, device=like.device)
+        return self.sides[layer]
+
+    def update(
+        self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_: object, **__: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store new keys and values. Both: [batch, num_kv_heads, num_new, head_dim]."""
+        current = self.current
+        if current is None:
+            raise RuntimeError("the cache is written outside a pass of the engine")
+        side = self.side(layer, keys)
+        if current.decoding:
+            n = len(current.lengths)
+            slots, positions = torch.arange(n, device=keys.device), torch.tensor(current.lengths, device=keys.device)
+            side[0][slots, :, positions] = keys[:, :, 0].to(side.dtype)
+            side[1][slots, :, positions] = values[:, :, 0].to(side.dtype)
+        else:
+            slot, length = current.slots[0], current.lengths[0]
+            side[0, slot, :, :length] = keys[0].to(side.dtype)
+            side[1, slot, :, :length] = values[0].to(side.dtype)
+        return keys, values
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Positions are always given, so this is only read to be ignored."""
+        return 0
+
+    def get_mask_sizes(self, *_: object, **__: object) -> tuple[int, int]:
+        """No mask is built from the cache."""
+        return self.capacity, 0
+
+
+_cache_of_pass: list[_SlotCache] = []  # the cache of the forward pass that runs, innermost last
+
+
+def _attend(
+    module: nn.Module,
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **unknown: object,
+) -> tuple[torch.Tensor, None]:
+    """Attention of one layer. query: [batch, num_heads, num_new, head_dim]; keys, values as stored."""
+    if softcap is not None or unknown.get("s_aux") is not None:
+        raise ModelError("the torch engine cannot run models with attention soft caps or sinks; choose another --model")
+    cache = _cache_of_pass[-1]
+    current = cache.current
+    assert current is not None
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if not current.decoding:
+        length = query.shape[2]
+        mask = None
+        if sliding_window and length > sliding_window:
+            mask = torch.ones(length, length, dtype=torch.bool, device=query.device).tril().triu(1 - sliding_window)
+        out = functional.scaled_dot_product_attention(
+            query, keys, values, attn_mask=mask, is_causal=mask is None, scale=scale,
+            enable_gqa=query.shape[1] != keys.shape[1],
+        )  # fmt: skip
+        return out.transpose(1, 2), None
+    side = cache.side(int(module.layer_idx), keys)  # type: ignore[arg-type]
+    num_kv_heads, window = keys.shape[1], sliding_window or 0
+    totals = [length + 1 for length in current.lengths]
+    key = (num_kv_heads, window)
+    if key not in current.masks:
+        mask = length_mask(totals, num_kv_heads, query.device, side.dtype)
+        if window and max(totals) > window:
+            limits = torch.tensor(totals, device=query.device).repeat_interleave(num_kv_heads)[:, None]
+            old = torch.arange(max(totals), device=query.device) < limits - window
+            mask = torch.zeros_like(old[:, None], dtype=side.dtype) if mask is None else mask
+            mask = mask.masked_fill(old[:, None], -torch.inf)
+        current.masks[key] = mask
+    scaled = (query[:, :, 0].to(side.dtype) * scale).unflatten(1, (num_kv_heads, -1))
+    attended = attend_slots(scaled, side[0], side[1], max(totals), current.masks[key])
+    return attended.to(query.dtype).view(query.shape[0], 1, query.shape[1], -1), None
+
+
+transformers.AttentionInterface.register(_NAME, _attend)
+transformers.AttentionMaskInterface.register(_NAME, lambda *_, **__: None)
+
+
+class _PackedModule(nn.Module):
+    """An nn.Linear whose weight is packed."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.packed = PackedLinear(linear.weight.detach(), None if linear.bias is None else linear.bias.detach())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: [..., in_features]. returns: [..., out_features]."""
+        return self.packed(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
+
+
+class GenericRunner(ModelRunner):
+    """Runs a transformers causal LM through its own forward pass."""
+
+    def __init__(self, model: Any, num_slots: int, capacity: int) -> None:
+        if not getattr(model, "_supports_attention_backend", False):
+            name = type(model).__name__
+            raise ModelError(f"{name} does not let its attention be exchanged; choose another --model")
+        self.device, self.vocab_size = model.device, model.config.get_text_config().vocab_size
+        self._model = copy.deepcopy(model).eval()
+        self._model.set_attn_implementation(_NAME)
+        self._cache = _SlotCache(num_slots, capacity)
+        self._packed: dict[str, _PackedModule] = {}
+        if can_pack(self.device, model.dtype):
+            for name, module in list(self._model.named_modules()):
+                if isinstance(module, nn.Linear):
+                    self._packed[name] = _PackedModule(module)
+                    self._model.set_submodule(name, self._packed[name])
+
+    def _forward(self, tokens: torch.Tensor, positions: torch.Tensor, current: _Pass) -> torch.Tensor:
+        """tokens, positions: [batch, num_new]. returns: hidden states [batch, num_new, hidden]."""
+        self._cache.current = current
+        _cache_of_pass.append(self._cache)
+        try:
+            out = self._model.model(
+                input_ids=tokens, position_ids=positions, past_key_values=self._cache, use_cache=True
+            )
+        finally:
+            _cache_of_pass.pop()
+            self._cache.current = None
+        hidden: torch.Tensor = out.last_hidden_state
+        return hidden
+
+    def prefill(self, sequences: Sequence[Sequence[int]], slots: Sequence[int]) -> torch.Tensor:
+        """Fill slots one by one; see ModelRunner."""
+        last = []
+        for sequence, slot in zip(sequences, slots, strict=True):
+            tokens = torch.tensor([list(sequence)], device=self.device)
+            positions = torch.arange(len(sequence), device=self.device)[None]
+            current = _Pass([slot], [len(sequence)], decoding=False)
+            last.append(self._forward(tokens, positions, current)[0, -1])
+        return torch.stack(last)
+
+    def decode(self, tokens: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+        """Append one token to each slot; see ModelRunner."""
+        positions = torch.tensor(lengths, device=self.device)[:, None]
+        return self._forward(tokens[:, None], positions, _Pass(range(len(lengths)), lengths, decoding=True))[:, 0]
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Apply the language model head; see ModelRunner."""
+        out: torch.Tensor = self._model.get_output_embeddings()(hidden)
+        return out
+
+    def copy_prefix(self, source: int, targets: Sequence[int], length: int) -> None:
+        """Copy the start of one slot to others; see ModelRunner."""
+        for side in self._cache.sides.values():
+            for target in targets:
+                side[:, target, :, :length] = side[:, source, :, :length]
+
+    def load(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Take new weights; see ModelRunner."""
+        own = self._model.state_dict()
+        for name, tensor in own.items():
+            tensor.copy_(state[name])
+        for name, module in self._packed.items():
+            bias = state.get(f"{name}.bias")
+            weight = state.get(f"{name}.weight")
+            if weight is None:  # a head that is tied to the embedding
+                weight = self._model.get_input_embeddings().weight
+            dtype = weight.dtype if not own else next(iter(own.values())).dtype
+            module.packed.load(weight.detach().to(dtype), None if bias is None else bias.detach().to(dtype))

@@ -1,0 +1,53 @@
+"""What a model is to the engine: prefill sequences into slots, and decode one token of every slot.
+
+    ModelRunner   the contract
+    LlamaRunner   Llama, Mistral, Qwen2, Qwen3 and their kin, as few fused operations (llama.py)
+    GenericRunner any transformers causal LM with an exchangeable attention function (generic.py)
+
+A runner owns its copy of the weights and the KV cache. Slots 0 to n - 1 are the ones that decode: the
+engine keeps them dense by `move`. Nothing is reallocated per step.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+
+import torch
+
+__all__ = ["ModelRunner"]
+
+
+class ModelRunner(ABC):
+    """Runs the model over slots of a KV cache. All calls happen under `torch.inference_mode`."""
+
+    device: torch.device
+    vocab_size: int
+
+    @abstractmethod
+    def prefill(self, sequences: Sequence[Sequence[int]], slots: Sequence[int]) -> torch.Tensor:
+        """Fill each slot with a whole sequence from position 0.
+
+        returns: [num_sequences, hidden], the hidden state after each sequence's last token, for `logits`.
+        """
+
+    @abstractmethod
+    def decode(self, tokens: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+        """Append one token to each of the slots 0 to n - 1 and return the hidden state after it.
+
+        tokens: int64 [n]. lengths: tokens that each slot holds before this one. returns: [n, hidden].
+        """
+
+    @abstractmethod
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden: [num_rows, hidden]. returns: [num_rows, vocab]."""
+
+    @abstractmethod
+    def copy_prefix(self, source: int, targets: Sequence[int], length: int) -> None:
+        """Copy the first `length` positions of one slot to others."""
+
+    @abstractmethod
+    def load(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Take new weights by the names of the model's `state_dict`. The cache is stale afterwards."""
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Move a slot to another place."""
+        self.copy_prefix(source, [target], length)

@@ -1,0 +1,77 @@
+"""Collects groups: one request per completion, submitted to the engine and run to the end.
+
+It turns tasks into prompts and seeds, and completions back into groups. How completions are written is
+the engine's; what they are worth is scoring's.
+"""
+
+import threading
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from swarm.config import RolloutConfig
+from swarm.engine.base import Engine, Request, SamplingParams
+from swarm.engine.torch.noise import fold_seed
+from swarm.policy import Policy
+from swarm.types import Completion, RolloutGroup, Task
+
+__all__ = ["CollectionStopped", "RolloutCollector"]
+
+
+class CollectionStopped(Exception):
+    """`stop` was called while groups were being collected; the engine holds nothing of them."""
+
+
+class RolloutCollector:
+    """Writes completions for batches of tasks."""
+
+    def __init__(self, engine: Engine, policy: Policy, config: RolloutConfig, seed: int) -> None:
+        self._engine, self._policy, self._config, self._seed = engine, policy, config, seed
+        self._sampling = SamplingParams(
+            config.max_new_tokens, temperature=config.temperature, top_p=config.top_p, top_k=config.top_k
+        )
+        self._next_request_id = 0
+        self._stopping = threading.Event()
+
+    def collect(self, tasks: Sequence[Task], *, round_index: int) -> list[RolloutGroup]:
+        """Return one group per task, in order. The noise depends on seed, round, task and completion alone.
+
+        Raises CollectionStopped soon after another thread has called `stop`.
+        """
+        requests = [
+            Request(self._new_id(), prompt_ids, fold_seed(self._seed, round_index, place, index), self._sampling)
+            for place, prompt_ids in enumerate(self._policy.encode_prompt(task.question) for task in tasks)
+            for index in range(self._config.num_completions)
+        ]
+        done = self._run(requests)
+        size = self._config.num_completions
+        groups = []
+        for place, task in enumerate(tasks):
+            members = requests[place * size : (place + 1) * size]
+            completions = tuple(done[request.request_id] for request in members)
+            texts = tuple(self._policy.decode(completion.token_ids) for completion in completions)
+            groups.append(RolloutGroup(task, members[0].prompt_ids, completions, texts))
+        return groups
+
+    def load_policy(self, state: Mapping[str, torch.Tensor], version: int) -> None:
+        """Give the engine new weights."""
+        self._engine.load_policy(state, version)
+
+    def stop(self) -> None:
+        """Make a running `collect` raise CollectionStopped after its current decode step. Any thread."""
+        self._stopping.set()
+
+    def _new_id(self) -> int:
+        self._next_request_id += 1
+        return self._next_request_id
+
+    def _run(self, requests: Sequence[Request]) -> dict[int, Completion]:
+        """Run requests to the end; return completions by request id."""
+        self._engine.submit(requests)
+        done: dict[int, Completion] = {}
+        while self._engine.num_unfinished:
+            if self._stopping.is_set():
+                self._engine.abort()
+                raise CollectionStopped
+            done.update((completion.request_id, completion) for completion in self._engine.step())
+        return done
