@@ -51,7 +51,7 @@ def encode(value: object, *, max_bytes: int = MAX_RECORD_BYTES) -> bytes:
     return data
 
 
-def decode(data: bytes, *, max_bytes: int = MAX_RECORD_BYTES) -> Any:  # noqa: ANN401 - the caller narrows it
+def decode(data: bytes, *, max_bytes: int = MAX_RECORD_BYTES) -> Any:
     """Return the value of a canonical encoding; its containers are lists and dicts.
 
     Raises CodecError for anything else. Memory stays proportional to `len(data)`, whatever lengths the
