@@ -1,0 +1,88 @@
+"""Which groups become a batch, how they are counted, and that the choice is uniform."""
+
+import random
+from collections import Counter
+
+import pytest
+
+from protocol.messages import TaskRef
+from swarm.config import SapoConfig
+from swarm.sapo import build_batch
+from swarm.types import Completion, RolloutGroup, Segment, Task
+
+
+def make_group(number, rewards, lengths=None):
+    lengths = lengths or [2] * len(rewards)
+    completions = tuple(
+        Completion(i, tuple(range(n)), (-0.5,) * n, (Segment(0, 0, n),), "stop") for i, n in enumerate(lengths)
+    )
+    task = Task(TaskRef("test", "0" * 32, 1, number), f"question {number}")
+    return RolloutGroup(task, (number,), completions, ("x",) * len(rewards), tuple(rewards))
+
+
+MIXED, EQUAL = (1.0, 0.0), (1.0, 1.0)
+
+
+def prompts(batch):
+    return [group.prompt_ids[0] for group in batch.groups]
+
+
+def test_own_groups_keep_behavior_logprobs_and_external_ones_have_none():
+    config = SapoConfig(num_local=1, num_external=1)
+    batch = build_batch([make_group(1, MIXED)], [make_group(2, MIXED)], config, random.Random(0))
+    own, external = batch.groups
+    assert own.behavior_logprobs == ((-0.5, -0.5), (-0.5, -0.5))
+    assert external.behavior_logprobs == (None, None)
+    assert own.advantages == external.advantages == (1.0, -1.0)
+
+
+def test_own_zero_advantage_groups_are_chosen_then_left_out_and_counted():
+    config = SapoConfig(num_local=2, num_external=0)
+    batch = build_batch([make_group(1, EQUAL), make_group(2, MIXED)], [], config, random.Random(0))
+    assert prompts(batch) == [2]
+    assert batch.num_own_zero_advantage == 1
+
+
+def test_external_zero_advantage_groups_are_discarded_before_the_choice():
+    external = [make_group(number, EQUAL) for number in range(50)] + [make_group(99, MIXED)]
+    batch = build_batch([], external, SapoConfig(num_external=1), random.Random(0))
+    assert prompts(batch) == [99]
+    assert batch.num_external_zero_advantage == 50
+    assert batch.num_external_missing == 0
+
+
+def test_missing_external_groups_are_replaced_by_nothing():
+    own = [make_group(number, MIXED) for number in range(8)]
+    batch = build_batch(own, [make_group(9, MIXED)], SapoConfig(num_local=4, num_external=4), random.Random(0))
+    assert len(batch.groups) == 5
+    assert batch.num_external_missing == 3
+
+
+def test_choice_of_external_groups_is_uniform():
+    external = [make_group(number, MIXED) for number in range(6)]
+    rng = random.Random(3)
+    config = SapoConfig(num_external=2)
+    counts = Counter(number for _ in range(3000) for number in prompts(build_batch([], external, config, rng)))
+    # Each is drawn with probability 1/3: mean 1000, standard deviation 26; five of them is 130.
+    assert set(counts) == set(range(6))
+    assert all(abs(count - 1000) < 130 for count in counts.values())
+
+
+def test_same_rng_same_batch():
+    external = [make_group(number, MIXED) for number in range(20)]
+    config = SapoConfig(num_external=5)
+    first, second = (build_batch([], external, config, random.Random(7)) for _ in range(2))
+    assert first == second
+
+
+def test_empty_completion_counts_for_the_advantage_only():
+    batch = build_batch([make_group(1, (1.0, 0.0, 0.0), lengths=[3, 0, 2])], [], SapoConfig(), random.Random(0))
+    assert [len(ids) for ids in batch.groups[0].completion_ids] == [3, 2]
+    assert batch.groups[0].advantages == pytest.approx((2**0.5, -(2**-0.5)))
+
+
+def test_unscored_group_is_refused():
+    group = make_group(1, ())
+    unscored = RolloutGroup(group.task, (1,), make_group(1, MIXED).completions, ("a", "b"))
+    with pytest.raises(ValueError, match="0 rewards"):
+        build_batch([unscored], [], SapoConfig(), random.Random(0))
