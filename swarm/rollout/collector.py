@@ -11,8 +11,8 @@ import torch
 
 from swarm.config import RolloutConfig
 from swarm.engine.base import Engine, Request, SamplingParams
-from swarm.engine.torch.noise import fold_seed
 from swarm.policy import Policy
+from swarm.seeds import fold_seed
 from swarm.types import Completion, RolloutGroup, Task
 
 __all__ = ["CollectionStopped", "RolloutCollector"]

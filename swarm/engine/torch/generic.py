@@ -39,7 +39,7 @@ class _SlotCache(transformers.Cache):  # type: ignore[misc]
         self.num_slots, self.capacity = num_slots, capacity
         self.sides: dict[int, torch.Tensor] = {}  # layer -> [2, num_slots, num_kv_heads, capacity, head_dim]
         self.current: _Pass | None = None
-        self.layers = []
+        self.layers: list[Any] = []
 
     def side(self, layer: int, like: torch.Tensor) -> torch.Tensor:
         """Return the layer's cache; made at its first use, in float32 on CPUs."""

@@ -40,7 +40,8 @@ class _Layer:
 
 def _pairs_side_by_side(rows: torch.Tensor, head_dim: int) -> torch.Tensor:
     """Reorder the rows of each head from (first half, second half) to pairs. rows: [num_heads * head_dim, ...]."""
-    return rows.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2).contiguous()
+    paired: torch.Tensor = rows.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2)
+    return paired.flatten(0, 2).contiguous()
 
 
 class LlamaRunner(ModelRunner):

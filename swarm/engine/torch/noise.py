@@ -8,29 +8,16 @@ OOPSLA 2014), applied twice: once to the key of a position, once to each lane.
 
 import torch
 
-__all__ = ["fold_seed", "gumbel"]
+__all__ = ["gumbel"]
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _MIX_1 = 0xBF58476D1CE4E5B9
 _MIX_2 = 0x94D049BB133111EB
-_MASK_64 = (1 << 64) - 1
 
 
 def _signed(value: int) -> int:
     """Return the int64 with the bits of an unsigned 64-bit value."""
-    value &= _MASK_64
     return value - (1 << 64) if value >> 63 else value
-
-
-def fold_seed(*parts: int) -> int:
-    """Hash integers into one unsigned 64-bit seed."""
-    state = 0
-    for part in parts:
-        state = (state + _GOLDEN + (part & _MASK_64)) & _MASK_64
-        state = ((state ^ (state >> 30)) * _MIX_1) & _MASK_64
-        state = ((state ^ (state >> 27)) * _MIX_2) & _MASK_64
-        state ^= state >> 31
-    return state
 
 
 def _mix(state: torch.Tensor) -> torch.Tensor:
@@ -50,7 +37,8 @@ def gumbel(seeds: torch.Tensor, positions: torch.Tensor, num_lanes: int) -> torc
     keys = _mix(seeds + positions.add(1).mul_(_signed(_GOLDEN)))  # [num_rows]
     lanes = torch.arange(1, num_lanes + 1, device=keys.device).mul_(_signed(_GOLDEN))  # [num_lanes]
     bits = _mix(keys[:, None] + lanes)  # [num_rows, num_lanes]
-    # 40 bits of the hash: uniform in (0, 1) at steps of 2**-40, in float64 so that no value rounds to 0 or 1
-    uniform = (bits >> 24).bitwise_and_((1 << 40) - 1).to(torch.float32 if keys.device.type == "mps" else torch.float64)
-    uniform.add_(0.5).mul_(2.0**-40)
+    # uniform in (0, 1): 40 bits in float64, or 23 where there is only float32, so that no value rounds to 0 or 1
+    num_bits, dtype = (23, torch.float32) if keys.device.type == "mps" else (40, torch.float64)
+    uniform = (bits >> (64 - num_bits)).bitwise_and_((1 << num_bits) - 1).to(dtype)
+    uniform.add_(0.5).mul_(2.0**-num_bits)
     return uniform.log_().neg_().log_().neg_().float()
