@@ -98,7 +98,7 @@ def read_toml(path: Path) -> Layer:
         text = path.read_text(encoding="utf-8")
         tables = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(_syntax_message(path, str(error))) from None
+        raise ConfigError(_syntax_message(path, text, str(error))) from None
     except FileNotFoundError:
         raise ConfigError(f"there is no configuration file {path}") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -109,12 +109,11 @@ def read_toml(path: Path) -> Layer:
     return Layer(str(path), values, origins)
 
 
-def _syntax_message(path: Path, message: str) -> str:
+def _syntax_message(path: Path, text: str, message: str) -> str:
     """Put the position that tomllib appends, as in "… (at line 3, column 5)", in front as FILE:LINE."""
     reason, found, position = message.rpartition(" (at line ")
-    if not found:
-        return f"{path}: not valid TOML: {message}"
-    return f"{path}:{position.split(',')[0]}: not valid TOML: {reason}"
+    line = position.split(",")[0] if found else str(len(text.splitlines()))
+    return f"{path}:{line}: not valid TOML: {reason if found else message}"
 
 
 def _flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, object]:
@@ -227,7 +226,7 @@ def _check(name: str, value: object, origin: str) -> object:
     raise ConfigError(f"{where} = {shown!r} ({origin}): {reason}") from None
 
 
-def _annotated(info: FieldInfo) -> Any:  # noqa: ANN401 - a type expression has no narrower type
+def _annotated(info: FieldInfo) -> Any:
     """Return the field's type with its limits, as one annotation."""
     return Annotated[(info.annotation, *info.metadata)] if info.metadata else info.annotation
 

@@ -72,6 +72,10 @@ class Journal:
             round_index += 1
         return records
 
+    def rows(self) -> dict[int, Mapping[str, Any]]:
+        """Return the rows of metrics of all rounds that can be read, also of those older than a checkpoint."""
+        return {item.record.round_index: item.record.row for item in self._located()}
+
     def start_after(self, round_index: int) -> None:
         """Drop every record of a later round and every torn frame, and go on with the round after."""
         keep: dict[Path, int] = {segment: len(_MAGIC) for segment in self._segments()}

@@ -114,10 +114,14 @@ def test_a_round_out_of_order_is_a_bug(tmp_path):
 def test_a_full_disk_leaves_the_last_good_round(tmp_path, small_disk):
     journal = Journal(small_disk)
     journal.start_after(0)
-    big = record(1, num_groups=1000)
-    with pytest.raises(CheckpointError, match="No space left on device; free space"):
+    big = record(1, num_groups=1000).batch
+
+    def fill() -> None:
         for index in range(1, 100):
-            journal.append(JournalRecord(index, big.batch, {}))
+            journal.append(JournalRecord(index, big, {}))
+
+    with pytest.raises(CheckpointError, match="No space left on device; free space"):
+        fill()
     last = journal.last_round
     assert last >= 1
     assert len(Journal(small_disk).read_after(0)) == last

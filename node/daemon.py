@@ -1,0 +1,239 @@
+"""The node: one round after another, until the run is finished or somebody stops it.
+
+    Node        the loop of a round                                         ← read this first
+    Parts       policy, tasks, engine, scorer, trainer (`node.parts`)
+    Recorder    what a round leaves on the disk, where a resume begins (`node.recorder`)
+
+An asyncio loop owns the round; torch work runs in one worker thread, the disk is written by another, scoring
+runs in child processes. The order of shutdown: the engine drops what it holds, the disk is brought up to date,
+the scoring processes end, the exchange is left, the threads end.
+"""
+
+import asyncio
+import hashlib
+import random
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+from node.config import RunConfig
+from node.display import Display
+from node.exchange import Exchange
+from node.interrupt import Interrupted
+from node.measure import RoundMeter, describe_groups, describe_update
+from node.metrics import MovingAverage, peak_rss_bytes
+from node.recorder import Recorder
+from swarm import sapo
+from swarm.evaluation import evaluate
+from swarm.trainer import UpdateStats
+from swarm.types import RolloutGroup, TrainingBatch
+
+if TYPE_CHECKING:
+    from node.parts import Parts
+
+__all__ = ["MOVING_AVERAGE_ROUNDS", "Node"]
+
+MOVING_AVERAGE_ROUNDS = 50
+_FINAL_CHECKPOINT_WITHIN_S = 4.0  # a stopped node has 10 s in all; the journal has every round already
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class Node:
+    """One node. `run` may be called once; `stop` may be called at any time, from the loop's thread."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        *,
+        build_parts: Callable[[RunConfig, threading.Event], "Parts"],
+        recorder: Recorder,
+        exchange: Exchange,
+        display: Display,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.config = config
+        self.recorder = recorder
+        self.exchange = exchange
+        self.display = display
+        self.clock = clock
+        self.stopping = threading.Event()
+        self.phase = "start"
+        self.rows: list[dict[str, Any]] = []
+        self._build_parts = build_parts
+        self._torch = ThreadPoolExecutor(max_workers=1, thread_name_prefix="torch")
+        self._parts: Parts | None = None
+        self._pass_at_1_before: float | None = None
+        self._average = MovingAverage(MOVING_AVERAGE_ROUNDS)
+        self._num_updates_skipped = 0
+        self._elapsed_s = 0.0
+        self._trained_round = 0  # the last round whose update has been begun
+
+    @property
+    def parts(self) -> "Parts":
+        """What learns; there once `run` has built it."""
+        if self._parts is None:
+            raise RuntimeError("the node has not been started")
+        return self._parts
+
+    @property
+    def finished(self) -> bool:
+        """Whether every round of the run is done."""
+        return len(self.rows) > 0 and self.recorder.last_round >= self.config.rounds
+
+    def stop(self) -> None:
+        """End the run after the decode step or the update that is going on."""
+        self.stopping.set()
+
+    async def run(self) -> None:
+        """Go from the last good state to the end of the run, or to `stop`. Whatever dies within is raised here."""
+        try:
+            await self._start()
+            while not self.stopping.is_set() and self.recorder.last_round < self.config.rounds:
+                await self._round()
+            await self._save(None if not self.stopping.is_set() else _FINAL_CHECKPOINT_WITHIN_S)
+        except Interrupted:
+            self.parts.engine.abort()
+            await self._save(_FINAL_CHECKPOINT_WITHIN_S)
+        finally:
+            await self.close()
+
+    async def close(self) -> None:
+        """End everything that the node has begun, in the order that the module's docstring says."""
+        await self.recorder.close()
+        if self._parts is not None:
+            self._parts.scorer.close()
+            self._parts.engine.close()
+        await self.exchange.close()
+        self._torch.shutdown(wait=True)
+
+    async def _round(self) -> None:
+        """One round of SAPO."""
+        parts, config = self.parts, self.config
+        round_index = self.recorder.last_round + 1
+        meter = RoundMeter(self.clock, self._enter)
+        outcomes_before = Counter(parts.scorer.counts)
+        tasks = parts.tasks.train_batch(round_index, config.sapo.num_local)
+        with meter.time("rollout"):
+            groups = await self._in_torch(parts.rollouts.collect, tasks, round_index=round_index)
+        with meter.time("scoring"):
+            own = await self._in_torch(parts.scorer.score_groups, groups)
+        await self.exchange.publish(own)
+        external = await self.exchange.sample(config.sapo.num_external)
+        batch = sapo.build_batch(own, external, config.sapo, self._rng("batch", round_index))
+        with meter.time("update"):
+            stats = await self._update(batch)
+        with meter.time("load_policy"):
+            await self._in_torch(self._load_policy)
+        row = self._describe(round_index, own, stats, Counter(parts.scorer.counts) - outcomes_before)
+        if self._evaluation_is_due(round_index):
+            with meter.time("evaluation"):
+                row["pass_at_1_heldout"] = await self._in_torch(self._evaluate)
+        await self._record(row, batch, meter)
+
+    async def _update(self, batch: TrainingBatch) -> UpdateStats | None:
+        """Learn from a batch; a batch in which every group has advantage zero teaches nothing."""
+        await self.recorder.settle()  # a checkpoint may still be reading the tensors
+        if not batch.groups:
+            return None
+        self._trained_round = self.recorder.last_round + 1
+        return await self._in_torch(self.parts.trainer.update, batch)
+
+    async def _record(self, row: dict[str, Any], batch: TrainingBatch, meter: RoundMeter) -> None:
+        """Put the round on the disk and on the screen."""
+        self._enter("record")
+        seconds = meter.seconds
+        row.update({f"{phase}_s": seconds[phase] for phase in ("rollout", "scoring", "update", "load_policy")})
+        row["evaluation_s"] = seconds.get("evaluation", 0.0)
+        row["tokens_per_s"] = row["num_tokens_generated"] / max(seconds["rollout"], 1e-9)
+        row["peak_rss_bytes"] = peak_rss_bytes()
+        row["round_s"] = meter.round_s()
+        self._elapsed_s += row["round_s"] + row["evaluation_s"]
+        row["elapsed_s"] = self._elapsed_s
+        await self.recorder.append(row["round"], batch, row)
+        self.recorder.checkpoint_if_due(self.parts.trainer)
+        self.rows.append(row)
+        self.display.round(row)
+
+    def _describe(
+        self, round_index: int, own: list[RolloutGroup], stats: UpdateStats | None, outcomes: Counter[str]
+    ) -> dict[str, Any]:
+        """Return the part of the round's row that does not depend on the machine."""
+        row: dict[str, Any] = {"round": round_index, **describe_groups(own, self.config.sapo)}
+        row["reward_moving_average"] = self._average.add(row["reward_mean"])
+        row |= describe_update(stats)
+        row["policy_version"] = self.parts.trainer.policy_version
+        self._num_updates_skipped += stats is not None and stats.skipped
+        row["num_updates_skipped"] = self._num_updates_skipped
+        row["scoring_outcomes"] = dict(sorted(outcomes.items()))
+        if self._pass_at_1_before is not None:
+            row["pass_at_1_heldout_before"], self._pass_at_1_before = self._pass_at_1_before, None
+        return row
+
+    async def _start(self) -> None:
+        """Build the parts, bring them to the last good state, and evaluate a policy that has not learned yet."""
+        self._enter("start")
+        self._parts = await self._in_torch(self._build_parts, self.config, self.stopping)
+        self._enter("replay")
+        restored = await self._in_torch(self.recorder.restore, self.parts.trainer, self.stopping.is_set)
+        for note in restored.notes:
+            self.display.note(note)
+        self.rows = restored.rows
+        self._trained_round = restored.round_index
+        for row in self.rows:
+            self._average.add(row["reward_mean"])
+        if self.rows:
+            self._elapsed_s = self.rows[-1]["elapsed_s"]
+            self._num_updates_skipped = self.rows[-1]["num_updates_skipped"]
+            self.display.resumed(self.rows)
+        if restored.round_index:
+            await self._in_torch(self._load_policy)
+        elif self.config.evaluation.num_items and not self.stopping.is_set():
+            self._enter("evaluation")
+            self._pass_at_1_before = await self._in_torch(self._evaluate)
+            self.display.evaluated_before(self._pass_at_1_before)
+
+    async def _save(self, within_s: float | None) -> None:
+        """Leave a checkpoint of the last finished round; not where an update after it has begun to change things."""
+        if self._trained_round == self.recorder.last_round:
+            await self.recorder.final_checkpoint(self.parts.trainer, within_s)
+        else:
+            await self.recorder.settle()
+
+    def _evaluation_is_due(self, round_index: int) -> bool:
+        every = self.config.evaluation.every_rounds
+        is_due = round_index == self.config.rounds or (every > 0 and round_index % every == 0)
+        return is_due and self.config.evaluation.num_items > 0
+
+    def _evaluate(self) -> float:
+        parts, config = self.parts, self.config
+        return evaluate(
+            parts.engine,
+            parts.policy,
+            parts.scorer,
+            parts.tasks.heldout(config.evaluation.num_items),
+            temperature=config.evaluation.temperature,
+            max_new_tokens=config.rollout.max_new_tokens,
+            seed=config.seed,
+        ).pass_at_1
+
+    def _load_policy(self) -> None:
+        trainer = self.parts.trainer
+        self.parts.rollouts.load_policy(trainer.policy_state(), trainer.policy_version)
+
+    def _rng(self, purpose: str, round_index: int) -> random.Random:
+        """Return a stream of its own for one purpose in one round, whatever happened before."""
+        text = f"{purpose}\0{self.config.seed}\0{round_index}"
+        return random.Random(hashlib.blake2b(text.encode(), digest_size=16).digest())
+
+    def _enter(self, phase: str) -> None:
+        self.phase = phase
+        self.display.phase(phase)
+
+    async def _in_torch(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        call = partial(function, *args, **kwargs)
+        return await asyncio.get_running_loop().run_in_executor(self._torch, call)

@@ -1,0 +1,75 @@
+"""Measures one round: how long its phases took, what its groups showed, what its update did.
+
+Names that end in `_s`, `_per_s` or `_bytes` depend on the machine; everything else in a row is a function of the
+run's settings.
+"""
+
+import math
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from swarm.advantage import group_advantages
+from swarm.config import SapoConfig
+from swarm.trainer import UpdateStats
+from swarm.types import RolloutGroup
+
+__all__ = ["RoundMeter", "describe_groups", "describe_update"]
+
+
+class RoundMeter:
+    """Times the phases of one round."""
+
+    def __init__(self, clock: Callable[[], float], on_phase: Callable[[str], None]) -> None:
+        self._clock = clock
+        self._on_phase = on_phase
+        self._begin = clock()
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def time(self, phase: str) -> Iterator[None]:
+        """Add the time spent within to a phase."""
+        self._on_phase(phase)
+        begin = self._clock()
+        try:
+            yield
+        finally:
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + self._clock() - begin
+
+    def round_s(self) -> float:
+        """Seconds since the round began, evaluation left out."""
+        return self._clock() - self._begin - self.seconds.get("evaluation", 0.0)
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no NaN: a number that is none is null."""
+    return value if math.isfinite(value) else None
+
+
+def describe_groups(groups: Sequence[RolloutGroup], config: SapoConfig) -> dict[str, float]:
+    """Return what the groups of a round show about the policy that wrote them."""
+    completions = [completion for group in groups for completion in group.completions]
+    rewards = [reward for group in groups for reward in group.rewards]
+    lengths = [len(completion.token_ids) for completion in completions]
+    return {
+        "reward_mean": statistics.fmean(rewards),
+        "num_groups": len(groups),
+        "num_groups_zero_advantage": sum(not any(group_advantages(group.rewards, config)) for group in groups),
+        "num_completions": len(completions),
+        "num_completions_truncated": sum(completion.finish_reason == "length" for completion in completions),
+        "completion_length_mean": statistics.fmean(lengths),
+        "num_tokens_generated": sum(lengths),
+    }
+
+
+def describe_update(stats: UpdateStats | None) -> dict[str, float | None]:
+    """Return what an update did; nulls where a round had nothing to learn from."""
+    if stats is None:
+        return dict.fromkeys(("loss", "grad_norm", "clip_fraction", "tis_mean", "learning_rate"), None)
+    return {
+        "loss": _finite(stats.loss),
+        "grad_norm": _finite(stats.grad_norm),
+        "clip_fraction": _finite(stats.clip_fraction),
+        "tis_mean": _finite(stats.tis_mean),
+        "learning_rate": stats.learning_rate,
+    }

@@ -1,0 +1,79 @@
+"""Makes the parts of a node that learn, from its settings.
+
+Everything here imports torch, so that it is imported late and in the thread that does the torch work.
+"""
+
+import threading
+from dataclasses import dataclass
+
+import torch
+
+from node.config import RunConfig
+from node.interrupt import InterruptibleEngine
+from swarm.engine.base import Engine
+from swarm.engine.torch import TorchEngine
+from swarm.policy import Policy, load_policy
+from swarm.rollout.collector import RolloutCollector
+from swarm.scoring import ScoringPool
+from swarm.tasks import TaskSet, build_task_set
+from swarm.trainer import Trainer
+
+__all__ = ["Parts", "build_parts", "make_engine", "make_trainer"]
+
+_NUM_LOOKED_AT = 64
+_ROOM = 1.5
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What learns. One thread calls them, except for `scorer.close`."""
+
+    policy: Policy
+    tasks: TaskSet
+    engine: Engine
+    rollouts: RolloutCollector
+    scorer: ScoringPool
+    trainer: Trainer
+
+
+def build_parts(config: RunConfig, stopping: threading.Event) -> Parts:
+    """Load the policy and the tasks, and start the engine, the trainer and the scoring processes."""
+    if config.num_threads:
+        torch.set_num_threads(config.num_threads)
+    torch.manual_seed(config.seed)  # what has no stream of its own: the first values of LoRA adapters
+    tasks = build_task_set(config.tasks, config.seed)
+    scorer = ScoringPool(config.tasks, config.scoring)
+    scorer.start()
+    try:
+        policy = load_policy(config.model)
+        engine = make_engine(config, policy, tasks)
+        trainer = make_trainer(config, policy)
+        interruptible = InterruptibleEngine(engine, stopping, engine.max_seq_len)
+        rollouts = RolloutCollector(interruptible, policy, config.rollout, config.seed)
+    except BaseException:
+        scorer.close()
+        raise
+    return Parts(policy, tasks, interruptible, rollouts, scorer, trainer)
+
+
+def make_engine(config: RunConfig, policy: Policy, tasks: TaskSet) -> TorchEngine:
+    """Start the engine, with a cache for sequences as long as this run needs."""
+    max_seq_len = config.engine.max_seq_len or _needed_seq_len(config, policy, tasks)
+    return TorchEngine(policy.model, eos_token_ids=policy.eos_token_ids, config=config.engine, max_seq_len=max_seq_len)
+
+
+def _needed_seq_len(config: RunConfig, policy: Policy, tasks: TaskSet) -> int:
+    """Look at some questions, and leave room for longer ones."""
+    looked_at = tasks.heldout(_NUM_LOOKED_AT) + tasks.train_batch(1, _NUM_LOOKED_AT)
+    longest = max(len(policy.encode_prompt(task.question)) for task in looked_at)
+    return int(longest * _ROOM) + config.rollout.max_new_tokens
+
+
+def make_trainer(config: RunConfig, policy: Policy) -> Trainer:
+    """Start a trainer that owns the policy's model."""
+    return Trainer(
+        policy.model,
+        config.trainer,
+        temperature=config.rollout.temperature,
+        max_completion_tokens=config.rollout.max_new_tokens,
+    )

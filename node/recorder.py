@@ -1,0 +1,161 @@
+"""What a run leaves on the disk, and where a resumed run goes on.
+
+Every finished round is appended to the journal at once; its sync overlaps the next round's rollouts. A
+checkpoint is written by the disk thread while the next round is generated, which does not touch the trainer's
+tensors; the next update waits for it. A resume loads the newest readable checkpoint and trains the journal's
+later rounds again, without generating anything: the same batches give the same weights.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from node.interrupt import Interrupted
+from node.metrics import MetricsFile, read_rows
+from node.run_folder import RunFolder
+from swarm.checkpoint import Checkpoint, Checkpoints
+from swarm.config import CheckpointConfig
+from swarm.errors import CheckpointError
+from swarm.journal import Journal, JournalRecord
+from swarm.trainer import Trainer
+from swarm.types import TrainingBatch
+
+__all__ = ["Recorder", "Restored"]
+
+_MAX_COST = 0.05  # share of the run that writing checkpoints may take
+_SLOW_DISK_BYTES_PER_S = 100e6  # what a checkpoint is assumed to be written at before one has been timed
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """Where a run goes on: the last finished round, the rows up to it, and what the user should know."""
+
+    round_index: int
+    rows: list[dict[str, Any]]
+    notes: list[str]
+
+
+class Recorder:
+    """Journal, checkpoints and metrics of one run. Used from one asyncio loop, except for `restore`."""
+
+    def __init__(
+        self, folder: RunFolder, config: CheckpointConfig, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        self.folder = folder
+        self._config = config
+        self._clock = clock
+        self._checkpoints = Checkpoints(folder.checkpoints, config.keep)
+        self._journal = Journal(folder.journal)
+        self._metrics = MetricsFile(folder.metrics)
+        self._disk = ThreadPoolExecutor(max_workers=1, thread_name_prefix="disk")
+        self._sync: asyncio.Future[None] | None = None
+        self._checkpoint: asyncio.Future[None] | None = None
+        self._last_checkpoint_at = clock()
+        self._last_checkpoint_round = 0
+        self._write_s: float | None = None
+
+    @property
+    def last_round(self) -> int:
+        """The last finished round."""
+        return self._journal.last_round
+
+    def restore(self, trainer: Trainer, interrupted: Callable[[], bool]) -> Restored:
+        """Bring the trainer to the last good state and make journal and metrics end there.
+
+        Raises Interrupted if `interrupted` says so between two updates; the disk is as it was then.
+        """
+        self._checkpoints.remove_partial()
+        checkpoint, damaged = self._checkpoints.newest()
+        round_index = 0
+        if checkpoint is not None:
+            trainer.load_state(checkpoint.tensors, checkpoint.meta)
+            round_index = checkpoint.round_index
+        records = self._journal.read_after(round_index)
+        if checkpoint is None and damaged and not records:
+            raise CheckpointError(f"{damaged[0]}, and nothing older is left; start another run with --run-dir")
+        for record in records:
+            if interrupted():
+                raise Interrupted
+            if record.batch.groups:
+                trainer.update(record.batch)
+        last = records[-1].round_index if records else round_index
+        rows = {row["round"]: row for row in read_rows(self.folder.metrics) if row["round"] <= last}
+        rows.update({index: dict(row) for index, row in self._journal.rows().items() if index <= last})
+        ordered = [rows[index] for index in sorted(rows)]
+        self._journal.start_after(last)
+        self._metrics.start(ordered)
+        self._last_checkpoint_round = round_index
+        notes = [f"{line}; going back to {_described(checkpoint)}" for line in damaged]
+        if len(ordered) < last:
+            notes.append(f"{self.folder.metrics} has lost {last - len(ordered)} of {last} rounds; training is intact")
+        return Restored(last, ordered, notes)
+
+    async def append(self, round_index: int, batch: TrainingBatch, row: Mapping[str, Any]) -> None:
+        """Put a finished round on record. A kill from now on does not lose it."""
+        await self._settle_sync()
+        self._journal.append(JournalRecord(round_index, batch, row))
+        self._metrics.append(row)
+        self._sync = asyncio.get_running_loop().run_in_executor(self._disk, self._journal.sync)
+
+    async def settle(self) -> None:
+        """Wait until nothing reads the trainer's tensors; raises what a write has failed with."""
+        await self._settle_sync()
+        if self._checkpoint is not None:
+            checkpoint, self._checkpoint = self._checkpoint, None
+            await checkpoint
+
+    def checkpoint_if_due(self, trainer: Trainer) -> None:
+        """Begin to write a checkpoint if the last one is long enough ago."""
+        interval_s = max(self._config.interval_s, (self._write_s or 0.0) / _MAX_COST)
+        if self._checkpoint is None and self._clock() - self._last_checkpoint_at >= interval_s:
+            self._begin_checkpoint(trainer)
+
+    async def final_checkpoint(self, trainer: Trainer, within_s: float | None = None) -> None:
+        """Write a checkpoint of the last round, unless it has one, or it would take longer than `within_s`."""
+        await self.settle()
+        if self._last_checkpoint_round == self.last_round:
+            return
+        if within_s is not None and self._expected_write_s(trainer) > within_s:
+            return
+        self._begin_checkpoint(trainer)
+        await self.settle()
+
+    async def close(self) -> None:
+        """Wait for the disk thread, and close the files."""
+        self._disk.shutdown(wait=True)
+        self._journal.close()
+        self._metrics.close()
+
+    async def _settle_sync(self) -> None:
+        if self._sync is not None:
+            sync, self._sync = self._sync, None
+            await sync
+
+    def _expected_write_s(self, trainer: Trainer) -> float:
+        if self._write_s is not None:
+            return self._write_s
+        num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in trainer.state_tensors().values())
+        return num_bytes / _SLOW_DISK_BYTES_PER_S
+
+    def _begin_checkpoint(self, trainer: Trainer) -> None:
+        checkpoint = Checkpoint(self.last_round, trainer.state_tensors(), trainer.state_meta())
+        loop = asyncio.get_running_loop()
+        self._checkpoint = loop.run_in_executor(self._disk, self._write_checkpoint, checkpoint)
+
+    def _write_checkpoint(self, checkpoint: Checkpoint) -> None:
+        """Runs in the disk thread; no round is appended meanwhile, because the next update waits for this."""
+        begin = self._clock()
+        self._metrics.sync()
+        self._checkpoints.write(checkpoint)
+        self._journal.rotate()
+        self._journal.drop_through(self._checkpoints.oldest_needed())
+        self._last_checkpoint_at = self._clock()
+        self._last_checkpoint_round = checkpoint.round_index
+        self._write_s = self._last_checkpoint_at - begin
+
+
+def _described(checkpoint: Checkpoint | None) -> str:
+    return "the beginning" if checkpoint is None else f"round {checkpoint.round_index}"

@@ -1,0 +1,170 @@
+import json
+import re
+
+import pytest
+import torch
+
+from node.interrupt import Interrupted
+from node.metrics import read_rows
+from swarm.errors import CheckpointError
+from swarm.journal import Journal
+
+MACHINE = ("_s", "_per_s", "_bytes")
+
+
+def steady(rows):
+    """The part of the rows that does not depend on the machine."""
+    return [{key: value for key, value in row.items() if not key.endswith(MACHINE)} for row in rows]
+
+
+def test_a_run_leaves_one_row_a_round_with_the_promised_fields(harness):
+    run = harness()
+    node = run.run()
+    rows = read_rows(run.folder.metrics)
+    assert [row["round"] for row in rows] == list(range(1, 13))
+    promised = "reward_mean num_groups_zero_advantage num_tokens_generated rollout_s scoring_s update_s round_s loss"
+    promised += " grad_norm clip_fraction peak_rss_bytes num_groups tokens_per_s reward_moving_average"
+    assert all(name in row for row in rows for name in promised.split())
+    assert [row["round"] for row in rows if "pass_at_1_heldout" in row] == [4, 8, 12]
+    assert "pass_at_1_heldout_before" in rows[0]
+    assert node.finished
+    assert run.parts.scorer.closed
+    assert node.rows == rows
+
+
+def test_a_row_counts_what_happened(harness):
+    run = harness()
+    run.run()
+    row = read_rows(run.folder.metrics)[0]
+    assert row["num_groups"] == 8
+    assert row["num_completions"] == row["num_tokens_generated"] == 32
+    assert row["scoring_outcomes"] == {"scored": 32}
+    assert 0 <= row["reward_mean"] <= 1
+    [record, *_] = Journal(run.folder.journal).read_after(0) or [None]
+    assert record is None or len(record.batch.groups) == row["num_groups"] - row["num_groups_zero_advantage"]
+
+
+def stop_in(round_index: int, run):
+    """Make the rollouts of one round be interrupted, as the engine does when the node is to stop."""
+
+    def on_round(index: int) -> None:
+        if index == round_index:
+            node.stop()
+            raise Interrupted
+
+    run.on_round = on_round
+    node = run.node()
+    return node
+
+
+@pytest.mark.parametrize("interval_s", [0.0, 1e9])
+def test_a_run_that_was_stopped_and_goes_on_equals_one_that_was_not(harness, interval_s):
+    whole = harness("whole")
+    whole.run()
+    parts = harness("parts").settings(checkpoint={"interval_s": interval_s})
+    import asyncio
+
+    for round_index in (1, 2, 5, 6, 12):
+        asyncio.run(stop_in(round_index, parts).run())
+        assert parts.parts.engine.num_aborts == 1
+        parts = harness("parts", config=parts.config)
+    parts.run()
+    assert torch.equal(parts.trainer.weight, whole.trainer.weight)
+    assert steady(read_rows(parts.folder.metrics)) == steady(read_rows(whole.folder.metrics))
+
+
+def test_without_any_checkpoint_the_journal_alone_brings_the_run_back(harness):
+    whole, crashed = harness("whole"), harness("crashed")
+    whole.run()
+    crashed.exchange = BreakingExchange(after=7)
+    with pytest.raises(ConnectionError, match="the exchange broke"):
+        crashed.run()
+    assert crashed.parts.scorer.closed
+    assert not crashed.folder.checkpoints.exists()
+    again = harness("crashed")
+    again.run()
+    assert again.display.notes == ["resumed after 6"]
+    assert again.display.rounds == [7, 8, 9, 10, 11, 12]
+    assert torch.equal(again.trainer.weight, whole.trainer.weight)
+
+
+class BreakingExchange:
+    """An exchange whose publishing fails in one round."""
+
+    def __init__(self, after: int) -> None:
+        self._left = after
+
+    async def publish(self, groups) -> None:
+        self._left -= 1
+        if self._left == 0:
+            raise ConnectionError("the exchange broke")
+
+    async def sample(self, num_groups: int):
+        return []
+
+    async def close(self) -> None: ...
+
+
+def test_metrics_torn_by_a_kill_are_mended(harness):
+    run = harness()
+    run.settings(rounds=6).run()
+    rows = read_rows(run.folder.metrics)
+    lines = run.folder.metrics.read_text().splitlines(keepends=True)
+    run.folder.metrics.write_text("".join([*lines[:5], lines[4], lines[5][:20]]))
+    again = harness().settings(rounds=8)
+    again.run()
+    mended = read_rows(again.folder.metrics)
+    assert [row["round"] for row in mended] == list(range(1, 9))
+    text = again.folder.metrics.read_text().splitlines()
+    assert [json.loads(line)["round"] for line in text] == list(range(1, 9))
+    assert mended[:5] == rows[:5]
+
+
+def test_all_checkpoints_damaged_is_one_line_and_nothing_is_overwritten(harness):
+    run = harness().settings(checkpoint={"interval_s": 0})
+    run.run()
+    for path in run.folder.checkpoints.glob("*/meta.msgpack"):
+        path.write_bytes(b"")
+    before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
+    with pytest.raises(CheckpointError, match=r"is damaged .*nothing older is left; start another run"):
+        harness().run()
+    assert {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()} == before
+
+
+def test_the_newest_checkpoint_damaged_goes_back_to_the_one_before_and_replays(harness):
+    whole = harness("whole")
+    whole.run()
+    run = harness("run").settings(rounds=9, checkpoint={"interval_s": 0})
+    run.run()
+    newest = max(run.folder.checkpoints.iterdir())
+    (newest / "state.safetensors").write_bytes(b"\0" * 30)
+    again = harness("run")
+    again.run()
+    assert "round-00000009 is damaged" in again.display.notes[0]
+    assert re.search(r"; going back to round [1-8]$", again.display.notes[0])
+    assert again.display.notes[1] == "resumed after 9"
+    assert torch.equal(again.trainer.weight, whole.trainer.weight)
+
+
+def test_a_checkpoint_that_cannot_be_written_stops_the_node_and_loses_no_round(harness):
+    run = harness().settings(checkpoint={"interval_s": 0})
+    run.path.mkdir()
+    run.folder.checkpoints.touch()  # a file where the folder should be
+    with pytest.raises(CheckpointError, match=r"cannot write a checkpoint .*the journal is safe"):
+        run.run()
+    run.folder.checkpoints.unlink()
+    again = harness()
+    again.run()
+    whole = harness("whole")
+    whole.run()
+    assert torch.equal(again.trainer.weight, whole.trainer.weight)
+
+
+def test_a_finished_run_that_is_resumed_does_nothing_and_more_rounds_go_on(harness):
+    harness().run()
+    again = harness()
+    assert again.run().finished
+    assert again.display.rounds == []
+    more = harness().settings(rounds=14)
+    more.run()
+    assert more.display.rounds == [13, 14]
