@@ -36,7 +36,7 @@ $(stamp): pyproject.toml .ci/constraints.txt
 	@touch $(stamp)
 
 demo: setup ## train the built-in model `tiny` and watch it learn (about three minutes)
-	$(bin)/swarm-node silo --model tiny --run-dir runs/demo-$$(date +%Y%m%d-%H%M%S)
+	$(bin)/swarm-node silo --model tiny
 
 test: lint ## lint, type-check, and run all tests with coverage
 	HF_HUB_OFFLINE=1 $(bin)/python -m pytest --cov --cov-report=term:skip-covered
