@@ -147,7 +147,7 @@ def run_peer(
     time_limit_s: float,
     env: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Run a peer's script in a fresh process and return the JSON object that it prints last.
+    """Run a peer's script in a fresh process and return the last JSON object that it prints on a line.
 
     `env` is added to this process's environment, without what would lead the peer into our own virtual
     environment. Raises PeerError with the end of the peer's standard error if it fails or is too slow; its
@@ -170,10 +170,12 @@ def run_peer(
             raise PeerError(f"{Path(command[1]).name}: no result within {time_limit_s:g} s") from None
     if process.returncode != 0:
         raise PeerError(f"{Path(command[1]).name}: exit status {process.returncode}: {errors.strip()[-1500:]}")
+    # What a peer's libraries print on their way out may follow its report.
+    candidates = [line for line in output.splitlines() if line.startswith("{")]
     try:
-        return last_json_line(output)
+        return last_json_line("\n".join(candidates))
     except ValueError as error:
-        raise PeerError(f"{Path(command[1]).name}: {error}") from error
+        raise PeerError(f"{Path(command[1]).name}: no JSON object in its output: {output.strip()[-300:]!r}") from error
 
 
 @contextlib.contextmanager

@@ -72,6 +72,15 @@ def test_a_peer_answers_with_its_last_line(monkeypatch):
     assert run_peer([sys.executable, "-c", code], time_limit_s=30, env={"X": "3"}) == {"x": "3", "v": False}
 
 
+def test_what_a_peer_prints_after_its_report_is_skipped():
+    assert run_peer([sys.executable, "-c", """print('{"x": 1}'); print("closing")"""], time_limit_s=30) == {"x": 1}
+
+
+def test_a_peer_without_a_report_is_an_error():
+    with pytest.raises(PeerError, match="no JSON object in its output: 'hello'"):
+        run_peer([sys.executable, "-c", "print('hello')"], time_limit_s=30)
+
+
 def test_a_peer_that_fails_says_why():
     with pytest.raises(PeerError, match=r"exit status 1.*no such thing"):
         run_peer([sys.executable, "-c", "raise SystemExit('no such thing')"], time_limit_s=30)
