@@ -4,6 +4,7 @@ Each gives what the original gives for answers in the asked-for form, partial cr
 original's floor) for text that only `eval` could have read.
 """
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from fractions import Fraction
@@ -125,6 +126,16 @@ def _integral(answer: str, entry: dict[str, Any], config: Any) -> float:
     return 1.0 if sympy.simplify(derivative - integrand) == 0 else 0.0
 
 
+def _complex_arithmetic(answer: str, entry: dict[str, Any], config: Any) -> float:
+    from reasoning_gym.algebra.complex_arithmetic import ComplexArithmeticDataset
+
+    try:
+        distance = abs(ComplexArithmeticDataset.parse_string_to_complex(answer) - complex(*entry["metadata"]["result"]))
+    except (TypeError, ValueError, OverflowError):
+        return 0.0
+    return math.exp(-distance) if math.isfinite(distance) else 0.0
+
+
 def _game_of_life_halting(answer: str, entry: dict[str, Any], config: Any) -> float:
     return 1.0 if answer.strip().lower() == str(entry["answer"]).lower() else 0.0
 
@@ -132,6 +143,7 @@ def _game_of_life_halting(answer: str, entry: dict[str, Any], config: Any) -> fl
 REPLACEMENTS: Final[Mapping[str, Scorer]] = {
     "binary_matrix": _binary_matrix,
     "bitwise_arithmetic": _bitwise_arithmetic,
+    "complex_arithmetic": _complex_arithmetic,
     "countdown": _countdown,
     "game_of_life_halting": _game_of_life_halting,
     "intermediate_integration": _integral,

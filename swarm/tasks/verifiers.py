@@ -75,15 +75,16 @@ def _number(answer: str, line: Mapping[str, Any]) -> bool:
     return abs(given - wanted) <= Fraction(str(line.get("tolerance", 0)))
 
 
-def _as_mathematics(text: str) -> list[Any]:
-    """Return what math-verify compares: plain algebra by our own parser, everything else read as LaTeX.
-
-    math-verify's reader of plain expressions is not used: it hands them to sympy's, and that to `eval`.
-    """
+def _plain_algebra(text: str) -> Any:
+    """Return what plain algebra such as 2*x^2 says, or None where it is not that."""
     try:
-        return [parse_expression(text.replace("^", "**"), SympyAlgebra(set(re.findall(r"\b[A-Za-z]\b", text))))]
+        return parse_expression(text.replace("^", "**"), SympyAlgebra(set(re.findall(r"\b[A-Za-z]\b", text))))
     except NotAnExpression:
-        pass
+        return None
+
+
+def _latex(text: str) -> list[Any]:
+    """Return what math-verify reads in LaTeX. Its reader of plain algebra is not used: that one evaluates text."""
     math_verify = load_math_verify()
     stripped = text.strip().strip("$").strip()
     parsed: list[Any] = math_verify.parse(
@@ -95,8 +96,18 @@ def _as_mathematics(text: str) -> list[Any]:
 def _math(answer: str, line: Mapping[str, Any]) -> bool:
     if normalize(answer) == normalize(line["answer"]):
         return True
-    verify = load_math_verify().verify
-    return bool(verify(_as_mathematics(line["answer"]), _as_mathematics(answer), timeout_seconds=None))
+    import sympy
+
+    plain = [_plain_algebra(text) for text in (line["answer"], answer)]
+    if all(value is not None for value in plain):
+        wanted, given = [plain[0]], [plain[1]]
+    else:  # both through LaTeX, because its symbols are others than those of plain algebra
+        texts = [
+            text if value is None else sympy.latex(value)
+            for text, value in zip((line["answer"], answer), plain, strict=True)
+        ]
+        wanted, given = _latex(texts[0]), _latex(texts[1])
+    return bool(load_math_verify().verify(wanted, given, timeout_seconds=None))
 
 
 def _regex(answer: str, line: Mapping[str, Any]) -> bool:

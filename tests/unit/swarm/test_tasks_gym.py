@@ -1,0 +1,99 @@
+import os
+import subprocess
+import sys
+
+import pytest
+
+from swarm.tasks.gym import ReasoningGymSource, canonical_config
+from swarm.tasks.gym_safety import PRESAMPLED, REPLACED, SAFE
+from swarm.tasks.gym_scorers import REPLACEMENTS
+
+SLOW = {"knight_swap"}  # seconds for one item
+NO_TEXT_ANSWER = {"propositional_logic", "boxnet", "graph_color", "rubiks_cube", "rush_hour"}
+USABLE = sorted((SAFE | set(REPLACED)) - SLOW)
+
+FINGERPRINT = """
+import sys, zlib
+from swarm.tasks.gym import ReasoningGymSource
+for name in sys.argv[1:]:
+    source = ReasoningGymSource(name, {})
+    texts = [source.question(5, index) + repr(source._entry(5, index)["answer"]) for index in (2**31 - 1, 700, 0)]
+    print(name, source.digest, *(zlib.crc32(text.encode()) for text in texts))
+"""
+
+
+def fingerprints(hash_seed, names):
+    environment = {**os.environ, "PYTHONHASHSEED": str(hash_seed), "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", FINGERPRINT, *names]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+
+
+def test_items_are_the_same_in_every_process():
+    """Sets iterate in another order with another hash seed: a source that shows it cannot be referred to."""
+    cheap = [
+        name for name in USABLE if name not in {"puzzle24", "zebra_puzzles", "futoshiki", "intermediate_integration"}
+    ]
+    assert fingerprints(1, cheap) == fingerprints(2, cheap)
+
+
+@pytest.mark.parametrize("name", sorted({"products", "word_sorting", *PRESAMPLED}))
+def test_an_item_depends_on_seed_and_index_only(name):
+    first, second = ReasoningGymSource(name, {}), ReasoningGymSource(name, {})
+    forward = [first.question(3, index) for index in (0, 1, 511, 512, 2**31 - 1)]
+    backward = [second.question(3, index) for index in (2**31 - 1, 512, 511, 1, 0)]
+    assert forward == backward[::-1]
+    assert len({*forward, *(first.question(4, index) for index in range(5))}) > 5
+
+
+@pytest.mark.parametrize("name", USABLE)
+def test_the_right_answer_is_right_twice_and_junk_is_not(name):
+    source = ReasoningGymSource(name, {})
+    answer = source._entry(11, 4)["answer"]
+    if name not in NO_TEXT_ANSWER:
+        assert source.score(11, 4, answer) >= 1.0
+        assert source.score(11, 4, answer) >= 1.0
+    try:
+        junk = source.score(11, 4, "zzz")
+    except Exception:
+        return  # the scoring process counts it
+    assert junk < 1.0
+
+
+@pytest.mark.parametrize("name", sorted(REPLACEMENTS))
+def test_replacements_agree_with_the_originals_on_the_right_answers(name):
+    source = ReasoningGymSource(name, {})
+    for index in range(5):
+        entry = source._entry(2, index)
+        original = source._dataset_of(2, index)[0].score_answer(entry["answer"], entry)
+        assert source.score(2, index, entry["answer"]) == original == 1.0
+
+
+@pytest.mark.parametrize(
+    ("name", "spell"),
+    [
+        ("binary_matrix", lambda answer: str([[int(cell) for cell in row.split()] for row in answer.split("\n")])),
+        ("n_queens", lambda answer: str([row.split() for row in answer.split("\n")])),
+        ("spiral_matrix", lambda answer: str([int(cell) for cell in answer.split()])),
+        ("string_insertion", lambda answer: str(list(answer))),
+    ],
+)
+def test_replacements_keep_the_partial_credit_for_python_lists(name, spell):
+    source = ReasoningGymSource(name, {})
+    entry = source._entry(2, 0)
+    listed = spell(entry["answer"])
+    original = source._dataset_of(2, 0)[0].score_answer(listed, entry)
+    assert 0 < original < 1
+    assert source.score(2, 0, listed) == original
+
+
+def test_replacements_do_not_repeat_known_faults():
+    halting = ReasoningGymSource("game_of_life_halting", {})
+    right = halting._entry(0, 0)["answer"]
+    assert halting.score(0, 0, "False" if right == "True" else "True") == 0.0  # the original takes any text
+    assert ReasoningGymSource("complex_arithmetic", {}).score(0, 0, "nan") == 0.0  # 1 by the original
+    game = ReasoningGymSource("puzzle24", {})
+    assert game.score(0, 0, "7 * 7 / 2 + 0 / 1") < 1  # 24.5, which the original rounds to 24
+
+
+def test_settings_have_one_spelling():
+    assert canonical_config({"b": (1, 2), "a": {3, 1}}) == '{"a":[1,3],"b":[1,2]}'
