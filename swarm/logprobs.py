@@ -1,8 +1,9 @@
 """Log-probabilities of target tokens from hidden states, without ever holding the logits of a batch.
 
 The head's matmul runs over chunks of positions, in the dtype of the weights; the softmax runs in fp32 over
-blocks of a few rows, which stay in the processor's cache. The backward pass computes the logits again, so
-that between the two passes only one number per position is kept.
+blocks of a few rows, which stay in the processor's cache. Between the two passes one number per position is
+kept, and the logits of the last chunk: the backward pass begins with it, so it adds nothing to the peak. The
+other chunks' logits are computed again; where there is only one chunk, none are.
 
 Which positions predict which tokens is `packing`'s business; what is done with the numbers is `loss`'s.
 """
@@ -63,7 +64,7 @@ def _block_rows(vocab_size: int) -> int:
 
 
 class _TargetLogprobs(torch.autograd.Function):
-    """Chunked log-softmax and gather; the backward pass computes each chunk's logits again."""
+    """Chunked log-softmax and gather; one backward pass only, which uses up the logits of the last chunk."""
 
     @staticmethod
     def forward(
@@ -80,6 +81,7 @@ class _TargetLogprobs(torch.autograd.Function):
         log_normalizers = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
         target_logits = torch.empty_like(log_normalizers)
         rows = _block_rows(weight.shape[0])
+        raw: Tensor | None = None
         for start in range(0, hidden.shape[0], chunk_tokens):
             raw = _matmul_logits(hidden[start : start + chunk_tokens], weight, bias)
             for low in range(0, raw.shape[0], rows):
@@ -93,6 +95,7 @@ class _TargetLogprobs(torch.autograd.Function):
                 target_logits[at] = logits.gather(1, targets[at, None])[:, 0]
         ctx.save_for_backward(hidden, weight, bias, targets, log_normalizers)
         ctx.settings = (scale, softcap, temperature, chunk_tokens)
+        ctx.last_raw = raw
         return target_logits - log_normalizers
 
     @staticmethod
@@ -106,9 +109,10 @@ class _TargetLogprobs(torch.autograd.Function):
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if need_weight else None
         grad_bias = torch.zeros(weight.shape[0], dtype=torch.float32, device=weight.device) if need_bias else None
         single_chunk = hidden.shape[0] <= chunk_tokens
-        for start in range(0, hidden.shape[0], chunk_tokens):
+        raw, ctx.last_raw = ctx.last_raw, None
+        for start in reversed(range(0, hidden.shape[0], chunk_tokens)):
             at = slice(start, min(start + chunk_tokens, hidden.shape[0]))
-            raw = _matmul_logits(hidden[at], weight, bias)
+            raw = _matmul_logits(hidden[at], weight, bias) if raw is None else raw
             _logits_gradient_(raw, targets[at], log_normalizers[at], grad[at], scale, softcap, temperature)
             if grad_hidden is not None:
                 torch.mm(raw, weight, out=grad_hidden[at])
@@ -117,6 +121,7 @@ class _TargetLogprobs(torch.autograd.Function):
                 grad_weight = part if single_chunk else grad_weight.add_(part)
             if grad_bias is not None:
                 grad_bias += raw.sum(dim=0, dtype=torch.float32)
+            raw = None
         return (
             grad_hidden,
             None if grad_weight is None else grad_weight.to(weight.dtype),

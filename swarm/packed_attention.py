@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from swarm.cpu_attention import block_attention
 from swarm.packing import PackedRow, Span
 
 __all__ = ["supports_packed_attention", "use_packed_attention"]
@@ -83,29 +84,37 @@ def _packed_attention(
     num_trunk_tokens = row.trunks.num_tokens
     states = [x[0].transpose(0, 1) for x in (query, key, value)]  # each [num_tokens, heads, head_dim]
     trunk = [_to_rectangle(x[:num_trunk_tokens], row.trunks) for x in states]
-    grouped = query.shape[1] != key.shape[1]
-    query_, key_, value_ = (x.transpose(1, 2) for x in trunk)
-    trunk_out = nn.functional.scaled_dot_product_attention(
-        query_, key_, value_, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=grouped
-    )
-    out = _to_tokens(trunk_out.transpose(1, 2), row.trunks)
+    out = _to_tokens(_attend(*trunk, None, scaling, dropout), row.trunks)
     if row.branch_mask is not None:
         branch = [_to_rectangle(x[num_trunk_tokens:], row.branches) for x in states]
         keys, values = (
-            torch.cat((_Repeat.apply(shared, row.parents), own), dim=1).transpose(1, 2)  # type: ignore[no-untyped-call]
+            torch.cat((_Repeat.apply(shared, row.parents), own), dim=1)  # type: ignore[no-untyped-call]
             for shared, own in zip(trunk[1:], branch[1:], strict=True)
         )
-        branch_out = nn.functional.scaled_dot_product_attention(
-            branch[0].transpose(1, 2),
-            keys,
-            values,
-            attn_mask=row.branch_mask,
-            dropout_p=dropout,
-            scale=scaling,
-            enable_gqa=grouped,
-        )
-        out = torch.cat((out, _to_tokens(branch_out.transpose(1, 2), row.branches)))
+        bias = torch.zeros_like(row.branch_mask, dtype=query.dtype).masked_fill_(~row.branch_mask, -torch.inf)
+        branch_out = _attend(branch[0], keys, values, bias, scaling, dropout)
+        out = torch.cat((out, _to_tokens(branch_out, row.branches)))
     return out[None], None
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scaling: float | None, dropout: float
+) -> Tensor:
+    """Attend in rectangles [num_sequences, length, heads, head_dim], causally where there is no bias."""
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if query.device.type == "cpu" and not dropout:
+        return block_attention(query, key, value, bias, scaling)
+    out = nn.functional.scaled_dot_product_attention(
+        query.transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        attn_mask=bias,
+        dropout_p=dropout,
+        is_causal=bias is None,
+        scale=scaling,
+        enable_gqa=query.shape[2] != key.shape[2],
+    )
+    return out.transpose(1, 2)
 
 
 AttentionInterface.register(_NAME, _packed_attention)
