@@ -121,7 +121,7 @@ def report(figures: Mapping[str, Any], bars: Sequence[Bar]) -> None:
     """Print the benchmark's last line: hardware, figures, and each bar with whether it holds."""
     rows = [{"name": bar.name, "value": bar.value, "target": bar.target, "holds": bar.holds} for bar in bars]
     line = json.dumps({"hardware": hardware(), "figures": dict(figures), "bars": rows}, allow_nan=False)
-    print(line, flush=True)
+    print(f"\n{line}", flush=True)  # some task generators print dots without ending the line
 
 
 def last_json_line(text: str) -> dict[str, Any]:
@@ -170,8 +170,8 @@ def run_peer(
             raise PeerError(f"{Path(command[1]).name}: no result within {time_limit_s:g} s") from None
     if process.returncode != 0:
         raise PeerError(f"{Path(command[1]).name}: exit status {process.returncode}: {errors.strip()[-1500:]}")
-    # What a peer's libraries print on their way out may follow its report.
-    candidates = [line for line in output.splitlines() if line.startswith("{")]
+    # What a peer's libraries print may follow its report, or stand before it on the same line.
+    candidates = [line[line.index("{") :] for line in output.splitlines() if "{" in line]
     try:
         return last_json_line("\n".join(candidates))
     except ValueError as error:
