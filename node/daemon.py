@@ -117,8 +117,9 @@ class Node:
         round_index = self.recorder.last_round + 1
         meter = RoundMeter(self.clock, self._enter)
         outcomes_before = Counter(parts.scorer.counts)
-        tasks = parts.tasks.train_batch(round_index, config.sapo.num_local)
         with meter.time("rollout"):
+            tasks = parts.tasks.train_batch(round_index, config.sapo.num_local)
+            parts.scorer.prefetch([task.ref for task in tasks])  # the scorer's processes make the items meanwhile
             groups = await self._in_torch(parts.rollouts.collect, tasks, round_index=round_index)
         with meter.time("scoring"):
             own = await self._in_torch(parts.scorer.score_groups, groups)
@@ -138,9 +139,9 @@ class Node:
     async def _update(self, batch: TrainingBatch) -> UpdateStats | None:
         """Learn from a batch; a batch in which every group has advantage zero teaches nothing."""
         await self.recorder.settle()  # a checkpoint may still be reading the tensors
+        self._trained_round = self.recorder.last_round + 1
         if not batch.groups:
             return None
-        self._trained_round = self.recorder.last_round + 1
         return await self._in_torch(self.parts.trainer.update, batch)
 
     async def _record(self, row: dict[str, Any], batch: TrainingBatch, meter: RoundMeter) -> None:

@@ -4,6 +4,7 @@ Everything here imports torch, so that it is imported late and in the thread tha
 """
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -43,16 +44,19 @@ def build_parts(config: RunConfig, stopping: threading.Event) -> Parts:
     torch.manual_seed(config.seed)  # what has no stream of its own: the first values of LoRA adapters
     tasks = build_task_set(config.tasks, config.seed)
     scorer = ScoringPool(config.tasks, config.scoring)
-    scorer.start()
-    try:
-        policy = load_policy(config.model)
-        engine = make_engine(config, policy, tasks)
-        trainer = make_trainer(config, policy)
-        interruptible = InterruptibleEngine(engine, stopping, engine.max_seq_len)
-        rollouts = RolloutCollector(interruptible, policy, config.rollout, config.seed)
-    except BaseException:
-        scorer.close()
-        raise
+    with ThreadPoolExecutor(max_workers=1) as beside:
+        scorer_started = beside.submit(scorer.start)
+        try:
+            policy = load_policy(config.model)
+            engine = make_engine(config, policy, tasks)
+            trainer = make_trainer(config, policy)
+            scorer_started.result()
+        except BaseException:
+            beside.shutdown(wait=True)
+            scorer.close()
+            raise
+    interruptible = InterruptibleEngine(engine, stopping, engine.max_seq_len)
+    rollouts = RolloutCollector(interruptible, policy, config.rollout, config.seed)
     return Parts(policy, tasks, interruptible, rollouts, scorer, trainer)
 
 

@@ -27,19 +27,19 @@ def plot_rewards(rows: Sequence[Mapping[str, Any]], title: str, window: int, pat
 
     rounds = [row["round"] for row in rows]
     figure, axes = plt.subplots(figsize=(8, 4.5), dpi=150)
-    axes.plot(rounds, [row["reward_mean"] for row in rows], color="#9ecae1", linewidth=0.7, alpha=0.7, label="reward")
+    axes.plot(rounds, [row["reward_mean"] for row in rows], color="#9ecae1", linewidth=0.7, alpha=0.8, label="reward")
     average = [row["reward_moving_average"] for row in rows]
     axes.plot(rounds, average, color="#08519c", linewidth=2, label=f"reward, average of the last {window} rounds")
     points = heldout_points(rows)
     if points:
         xs, ys = zip(*points, strict=True)
         axes.plot(xs, ys, color="#d94801", marker="o", markersize=5, linewidth=1.2, label="held-out pass@1")
-        for x, y in (points[0], points[-1]):
+        for (x, y), align, offset in ((points[0], "left", (5, 7)), (points[-1], "center", (0, 7))):
             axes.annotate(
-                f"{y:.2f}", (x, y), textcoords="offset points", xytext=(0, 8), ha="center", color="#d94801", fontsize=9
+                f"{y:.2f}", (x, y), textcoords="offset points", xytext=offset, ha=align, color="#d94801", fontsize=9
             )
     axes.set(xlabel="round", ylabel="reward, pass@1", title=title, ylim=(0, 1.05))
-    axes.set_xlim(0, max(rounds, default=1) * 1.02)
+    axes.set_xlim(0, max(rounds, default=1) * 1.03)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="upper left", fontsize=9)

@@ -21,7 +21,7 @@ from node.config import RunConfig, to_toml
 from node.display import Display, JsonDisplay, PlainDisplay, RunInfo
 from node.exchange import SiloExchange
 from node.run_folder import RunFolder, write_atomically
-from node.summary import print_summary, summarize, tasks_label, write_summary
+from node.summary import model_label, print_summary, summarize, tasks_label, write_summary
 from swarm.errors import UserError
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class OutOfMemory(UserError):
 def run_silo(config: RunConfig, folder: RunFolder, *, as_json: bool) -> int:
     """Run a node alone until it is finished or stopped. `folder` is locked. Returns the exit status."""
     display = make_display(as_json)
-    display.begin(RunInfo(config.model.name, tasks_label(config), config.rounds, str(folder.path)))
+    display.begin(RunInfo(model_label(config), tasks_label(config), config.rounds, str(folder.path)))
     try:
         with _terminated_early():
             from node.daemon import MOVING_AVERAGE_ROUNDS, Node
@@ -134,7 +134,7 @@ def _conclude(node: "Node", folder: RunFolder, stopped_by: signal.Signals | None
     if node.rows:
         from node.plot import plot_rewards
 
-        plot_rewards(node.rows, f"{node.config.model.name} on {tasks_label(node.config)}", window, folder.picture)
+        plot_rewards(node.rows, f"{model_label(node.config)} on {tasks_label(node.config)}", window, folder.picture)
     print_summary(console, folder, summary)
     return FINISHED
 

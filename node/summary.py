@@ -17,11 +17,16 @@ from node.display import duration
 from node.plot import heldout_points
 from node.run_folder import RunFolder, write_atomically
 
-__all__ = ["print_summary", "summarize", "tasks_label", "write_summary"]
+__all__ = ["model_label", "print_summary", "summarize", "tasks_label", "write_summary"]
 
 _PHASES = ("rollout", "scoring", "update", "load_policy", "evaluation")
 _CURVE_POINTS = 20
 _PACKAGES = ("swarm-node", "torch", "transformers", "reasoning-gym")
+
+
+def model_label(config: RunConfig) -> str:
+    """Return the model of a run as a title shows it: the last part of a path or of a hub id."""
+    return os.path.basename(config.model.name) or config.model.name
 
 
 def tasks_label(config: RunConfig) -> str:

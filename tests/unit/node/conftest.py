@@ -143,6 +143,8 @@ class NumberScorer:
             for group, job in zip(groups, jobs, strict=True)
         ]
 
+    def prefetch(self, refs: Sequence[TaskRef]) -> None: ...
+
     def close(self) -> None:
         self.closed = True
 

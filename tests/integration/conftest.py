@@ -1,0 +1,118 @@
+"""A real process, on a model of a few thousand weights that is made here."""
+
+import json
+import os
+import signal
+import string
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PROGRAM = str(Path(sys.executable).parent / "swarm-node")
+
+
+@dataclass
+class Workplace:
+    """A folder with a model and questions, in which `swarm-node` is run."""
+
+    path: Path
+
+    def start(self, *arguments: str, **more: Any) -> subprocess.Popen[str]:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120", **more}
+        return subprocess.Popen(
+            [PROGRAM, *arguments],
+            cwd=self.path,
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+
+    def run(self, *arguments: str, **more: Any) -> subprocess.CompletedProcess[str]:
+        process = self.start(*arguments, **more)
+        out, err = process.communicate(timeout=240)
+        return subprocess.CompletedProcess(arguments, process.returncode, out, err)
+
+    def silo(self, run_dir: str, rounds: int, *more: str) -> list[str]:
+        """Return arguments of a short run that learns something."""
+        settings = {
+            "tasks.answer": '["whole_text"]',
+            "rollout.max_new_tokens": "2",
+            "rollout.num_completions": "16",
+            "trainer.learning_rate": "3e-3",
+            "evaluation.num_items": "8",
+            "evaluation.every_rounds": "20",
+            "checkpoint.interval_s": "0",
+        }
+        sets = [text for name, value in settings.items() for text in ("--set", f"{name}={value}")]
+        source = ["--model", "model", "--tasks", "questions.jsonl", *sets]
+        return ["silo", *source, "--run-dir", run_dir, "--rounds", str(rounds), *more]
+
+    def rows(self, run_dir: str) -> list[dict[str, Any]]:
+        """Return the whole lines of a run's metrics."""
+        path = self.path / run_dir / "metrics.jsonl"
+        text = path.read_text() if path.exists() else ""
+        return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+@pytest.fixture(scope="session")
+def model_and_questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Make a random model over single characters, and questions whose answer is one of them."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("workplace")
+    characters = ["<pad>", "<eos>", *string.ascii_lowercase, " ", "\n", *string.digits]
+    tokenizer = Tokenizer(models.WordLevel({text: number for number, text in enumerate(characters)}, unk_token=" "))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>")
+    shape = LlamaConfig(
+        vocab_size=len(characters),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        eos_token_id=1,
+        pad_token_id=0,
+        bos_token_id=None,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        LlamaForCausalLM(shape).save_pretrained(folder / "model")
+    fast.save_pretrained(folder / "model")
+    lines = [
+        {"question": f"say a letter {index}", "answer": "abc"[index % 3], "verifier": "exact"} for index in range(300)
+    ]
+    (folder / "questions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, model_and_questions: Path) -> Workplace:
+    """A folder of this test's own, with the model and the questions in it."""
+    for name in ("model", "questions.jsonl"):
+        (tmp_path / name).symlink_to(model_and_questions / name)
+    return Workplace(tmp_path)
+
+
+@pytest.fixture
+def stopped_by() -> Callable[[subprocess.Popen[str], signal.Signals], tuple[float, str, str]]:
+    """Return a function that sends a signal and returns the seconds until the end, stdout and stderr."""
+
+    def stop(process: subprocess.Popen[str], number: signal.Signals) -> tuple[float, str, str]:
+        begin = time.monotonic()
+        process.send_signal(number)
+        out, err = process.communicate(timeout=60)
+        return time.monotonic() - begin, out, err
+
+    return stop
