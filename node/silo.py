@@ -22,13 +22,13 @@ from node.display import Display, JsonDisplay, PlainDisplay, RunInfo
 from node.exchange import SiloExchange
 from node.run_folder import RunFolder, write_atomically
 from node.summary import model_label, print_summary, summarize, tasks_label, write_summary
-from swarm.errors import UserError
+from swarm.errors import TrainingDiverged, UserError
 
 if TYPE_CHECKING:
     from node.daemon import Node
     from node.parts import Parts
 
-__all__ = ["FINISHED", "OutOfMemory", "run_silo"]
+__all__ = ["FINISHED", "OutOfMemory", "resume_command", "run_silo", "run_until_stopped"]
 
 FINISHED = 0
 _STOP_WITHIN_S = 8.0  # after this a step that is still going on is given up; the journal has every finished round
@@ -61,7 +61,10 @@ def run_silo(config: RunConfig, folder: RunFolder, *, as_json: bool) -> int:
 
         recorder = Recorder(folder, config.checkpoint)
         node = Node(config, build_parts=build, recorder=recorder, exchange=SiloExchange(), display=display)
-        stopped_by = asyncio.run(_run_until_stopped(node))
+        stopped_by = asyncio.run(run_until_stopped(node))
+    except TrainingDiverged:
+        write_summary(folder, summarize(config, node.rows, "diverged"))
+        raise
     finally:
         display.end()
     return _conclude(node, folder, stopped_by, MOVING_AVERAGE_ROUNDS, as_json=as_json)
@@ -79,7 +82,7 @@ def make_display(as_json: bool) -> Display:
     return LiveDisplay(console)
 
 
-async def _run_until_stopped(node: "Node") -> signal.Signals | None:
+async def run_until_stopped(node: "Node") -> signal.Signals | None:
     """Run the node; return the signal that stopped it, if one did."""
     loop = asyncio.get_running_loop()
     received: list[signal.Signals] = []

@@ -203,7 +203,9 @@ class Harness:
 def harness(tmp_path: Path) -> Callable[..., Harness]:
     """Return a function that makes a harness over a named folder."""
 
-    def make(name: str = "run", **changes: Any) -> Harness:
-        return Harness(tmp_path / name, **changes)
+    def make(name: str = "run", *, fails: tuple[int, BaseException] | None = None, **changes: Any) -> Harness:
+        """`fails`: the update that fails, and with what."""
+        trainer = NumberTrainer(*fails) if fails is not None else NumberTrainer()
+        return Harness(tmp_path / name, trainer=trainer, **changes)
 
     return make
