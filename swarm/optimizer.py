@@ -84,7 +84,7 @@ class FlatAdamW:
             else:
                 self._compute.append(parameter.data)
                 self._compute_masters.append(master)
-                parameter.register_post_accumulate_grad_hook(_GradientMover(grad))  # type: ignore[no-untyped-call]
+                parameter.register_post_accumulate_grad_hook(_GradientMover(grad))
 
     @property
     def layout(self) -> str:

@@ -84,7 +84,7 @@ def _packed_attention(
     num_trunk_tokens = row.trunks.num_tokens
     states = [x[0].transpose(0, 1) for x in (query, key, value)]  # each [num_tokens, heads, head_dim]
     trunk = [_to_rectangle(x[:num_trunk_tokens], row.trunks) for x in states]
-    out = _to_tokens(_attend(*trunk, None, scaling, dropout), row.trunks)
+    out = _to_tokens(_attend(trunk[0], trunk[1], trunk[2], None, scaling, dropout), row.trunks)
     if row.branch_mask is not None:
         branch = [_to_rectangle(x[num_trunk_tokens:], row.branches) for x in states]
         keys, values = (

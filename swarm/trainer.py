@@ -150,7 +150,7 @@ class Trainer:
         sums = torch.zeros(_NUM_SUMS, dtype=torch.float64)
         for micro in minibatch:
             result = policy_loss(self._logprobs(micro.row), micro.terms, self._config)
-            result.loss.backward()  # type: ignore[no-untyped-call]
+            result.loss.backward()
             sums += _sums(result)
         grad_norm = float(self._optimizer.grad_norm())
         if not (math.isfinite(grad_norm) and bool(sums.isfinite().all())):

@@ -4,9 +4,13 @@ import pytest
 import torch
 from transformers import (
     Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
+    MistralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -29,6 +33,7 @@ SIZES = {
 MODELS = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES, tie_word_embeddings=True)),
+    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=61, initializer_range=0.3)),
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=16)),
 }
 CPU = torch.device("cpu")
@@ -131,8 +136,6 @@ def test_single_completion_larger_than_a_microbatch_goes_alone():
 def test_models_that_packing_cannot_serve_are_known():
     assert supports_packed_attention(MODELS["llama"](), 10_000)
     with torch.device("meta"):
-        from transformers import Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel, MistralForCausalLM
-
         mistral = MistralForCausalLM(MistralConfig(**SIZES, sliding_window=16))
         assert supports_packed_attention(mistral, 16)
         assert not supports_packed_attention(mistral, 17)

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from swarm.config import LoraConfig, TrainerConfig
 from swarm.errors import CheckpointError, TrainingDiverged
@@ -98,6 +98,18 @@ def test_one_update_is_the_adamw_step_of_the_plain_gradient(max_tokens, tie, tem
         # Adam's first step is lr * g / (|g| + eps): where g is rounding noise around zero its sign is, too.
         close = torch.isclose(got, expected, rtol=1e-4, atol=2e-5)
         assert close.float().mean() > 0.999
+
+
+def test_a_model_that_packing_cannot_serve_is_trained_padded():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = MistralForCausalLM(
+        MistralConfig(**sizes, num_key_value_heads=2, vocab_size=VOCAB, sliding_window=3, initializer_range=0.2)
+    ).eval()
+    config, batch = TrainerConfig(max_tokens_per_microbatch=50), make_batch(6)
+    gradient = plain_gradient(model, batch, config, 1.0)
+    norm = math.sqrt(sum(float(g.double().square().sum()) for g in gradient))
+    assert Trainer(model, config).update(batch).grad_norm == pytest.approx(norm, rel=1e-4)
 
 
 def test_old_logprobs_are_those_before_the_first_step():
