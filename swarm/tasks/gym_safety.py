@@ -16,7 +16,7 @@ SAFE: Final = frozenset(
     caesar_cipher calendar_arithmetic chain_sum circuit_logic coin_flip color_cube_rotation
     count_bits count_primes course_schedule cryptarithm decimal_arithmetic decimal_chain_sum dice emoji_mystery
     family_relationships figlet_font fraction_simplification futoshiki game_of_life gcd graph_color
-    group_anagrams gsm_symbolic jugs kakurasu knight_swap knights_knaves largest_island lcm
+    group_anagrams gsm_symbolic jugs kakurasu knights_knaves largest_island lcm
     leg_counting letter_counting letter_jumble mahjong_puzzle manipulate_matrix maze mini_sudoku
     modulo_grid needle_haystack number_filtering number_format number_sequence palindrome_generation
     palindrome_partitioning path_star polynomial_equations pool_matrix power_function prime_factorization
@@ -48,6 +48,7 @@ REFUSED: Final = {
     "codeio": "it executes programs to make its questions",
     "composite": "it hides other tasks behind its settings; list each of them as a source with its weight",
     "isomorphic_strings": _VARIES,
+    "knight_swap": _VARIES,
     "list_functions": _VARIES,
     "polynomial_multiplication": _VARIES,
     "ransom_note": _VARIES,

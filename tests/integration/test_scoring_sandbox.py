@@ -20,7 +20,7 @@ WHOLE = {"answer": ("whole_text",), "partial_credit": "scorer"}
 PATIENT = ScoringConfig(cpu_limit_s=20, wall_limit_s=60)
 HASTY = ScoringConfig(cpu_limit_s=0.4, wall_limit_s=20)
 NO_ORACLE = {"boxnet", "graph_color", "propositional_logic", "rubiks_cube", "rush_hour"}  # no text answer to give
-GYM_TASKS = sorted((SAFE | set(REPLACED)) - {"knight_swap"})
+GYM_TASKS = sorted(SAFE | set(REPLACED))
 
 PRODUCTS = TaskSourceConfig(name="products", config={"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1})
 
