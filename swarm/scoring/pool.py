@@ -35,6 +35,7 @@ Outcome = Literal[
 _MAX_BATCH_JOBS: Final = 256  # answers that a process holds at one time
 _MAX_PREFETCH: Final = 512  # items of one prefetch: its frame fits a pipe, so that sending it cannot block
 _MAX_FAILED_STARTS: Final = 3
+_MAX_BLAMELESS_DEATHS: Final = 3  # in a row, between two answers; then the first of those that wait is blamed
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +57,7 @@ class ScoringPool:
         self._workers: list[Worker] = []
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._num_failed_starts = 0
+        self._num_blameless_deaths = 0
         self.counts: Counter[Outcome] = Counter()
         self.num_replaced = 0  # processes that died or were killed, and were replaced
         sources = build_task_set(tasks, seed=0).sources
@@ -82,14 +84,17 @@ class ScoringPool:
         """Of the processes that live now."""
         return tuple(worker.pid for worker in self._workers)
 
-    def start(self) -> None:
-        """Start the processes and wait until they are confined. Raises ScoringError where that fails."""
+    def start(self, *, wait: bool = True) -> None:
+        """Start the processes and wait until they are confined. Raises ScoringError where that fails.
+
+        Without `wait` they get ready while the caller does something else, and `score` waits for them.
+        """
         with self._lock:
             if self._folder is None:
                 self._folder = tempfile.TemporaryDirectory(prefix="swarm-scoring-")
                 self._workers = [self._new_worker() for _ in range(self._scoring.num_workers)]
             try:
-                self._run(deque(), {}, until_ready=True)
+                self._run(deque(), {}, until_ready=wait)
             except BaseException:
                 self._end_all()
                 raise
@@ -197,16 +202,21 @@ class ScoringPool:
         return Score(min(max(reward, 0.0), 1.0), "scored")
 
     def _replace(self, worker: Worker, outcome: Outcome | None, todo: deque[Job], done: dict[int, Score]) -> None:
-        """Bury a process: the answer that it was at has lost, the others wait for another process."""
+        """Bury a process: the answer that it was at, if any, has lost; the others wait for another process."""
         status = worker.end()
         if not worker.is_ready:
             self._count_failed_start(worker)
         culprit = worker.current
+        if culprit is None and worker.jobs:  # killed from outside, or by an item that it regenerated
+            self._num_blameless_deaths += 1
+            if self._num_blameless_deaths >= _MAX_BLAMELESS_DEATHS:
+                culprit = next(iter(worker.jobs.values()))
         worker.forget()
         if culprit is not None:
+            self._num_blameless_deaths = 0
             del worker.jobs[culprit.number]
             done[culprit.number] = Score(0.0, outcome or ("cpu_limit" if status == -signal.SIGPROF else "crashed"))
-            todo.extendleft(reversed(worker.jobs.values()))
+        todo.extendleft(reversed(worker.jobs.values()))
         self.num_replaced += 1
         self._workers[self._workers.index(worker)] = self._new_worker()
 

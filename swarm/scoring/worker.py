@@ -97,8 +97,8 @@ class Worker:
 
     @property
     def current(self) -> Job | None:
-        """The answer that it is at; the first unreported one while it regenerates items; None without jobs."""
-        return self.jobs.get(self._progress.read()[0], next(iter(self.jobs.values()), None))
+        """The answer that it is at; None while it is idle, starts or regenerates items."""
+        return self.jobs.get(self._progress.read()[0])
 
     def prepare(self, items: Sequence[Sequence[int]]) -> None:
         """Let it regenerate items while it is idle."""
