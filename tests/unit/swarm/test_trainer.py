@@ -191,6 +191,16 @@ def test_bf16_small_steps_add_up():
     assert all(tensor.dtype == torch.bfloat16 for tensor in trainer.policy_state().values())
 
 
+def test_bf16_gradients_of_microbatches_add_up():
+    norms = [
+        Trainer(make_model(torch.bfloat16), TrainerConfig(max_tokens_per_microbatch=tokens))
+        .update(make_batch(3))
+        .grad_norm
+        for tokens in (4096, 16)
+    ]
+    assert norms[0] == pytest.approx(norms[1], rel=0.03)
+
+
 def test_lora_trains_adapters_only_and_merges():
     model = make_model()
     names = set(model.state_dict())
