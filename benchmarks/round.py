@@ -7,8 +7,10 @@ Ours and the peer take turns on one machine. A peer runs in an environment of it
 median of its rounds, its first one included.
 
 `genrl` trains a random model of 2 layers, 64 wide, on the reasoning-gym tasks of genrl's own example; TRL
-trains smollm2-135m on `products`. A policy that earns nothing would have nothing to learn from, so that after
-the scoring every second completion of ours is given the reward 1: each round of ours pays for a whole update.
+trains smollm2-135m on `products`. A random model earns nothing, and without rewards neither we nor genrl (in
+three of four rounds) update at all. So on both sides every second completion is given the reward 1 after it has
+been scored, and each round pays for a whole update. Beside that stands genrl as it is, against our rounds
+without their updates. TRL updates in every round anyway.
 """
 
 import argparse
@@ -32,6 +34,19 @@ __all__: list[str] = []
 SHARED = REPOSITORY.parent / "shared" / "peers"
 PEER_TIME_LIMIT_S = 900.0
 PHASES = ("rollout", "scoring", "update", "load_policy")
+
+# Runs a peer's script with every second answer right, after it has been scored as ever.
+ALTERNATING_REWARDS = """
+import itertools, runpy, sys
+from reasoning_gym import factory
+real, turn = factory.get_score_answer_fn, itertools.count()
+def get_score_answer_fn(name):
+    score = real(name)
+    return lambda answer, entry: (score(answer, entry), float(next(turn) % 2))[1]
+factory.get_score_answer_fn = get_score_answer_fn
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 # The tasks and settings of genrl's example, as its `datasets.yaml` lists them.
 GENRL_TASKS: dict[str, dict[str, Any]] = {
@@ -123,18 +138,18 @@ def time_rounds(parts: Parts, config: RunConfig, first_round: int, num_rounds: i
 
 
 def compare(
-    args: argparse.Namespace, config: RunConfig, peer: list[str | Path] | None, seconds_key: str
-) -> tuple[dict[str, Any], float | None]:
-    """Let the peer and ours take turns. Returns the figures, and how many times faster ours is."""
+    args: argparse.Namespace, config: RunConfig, peers: dict[str, list[str | Path]], seconds_key: str
+) -> dict[str, Any]:
+    """Let the peers, by name, and ours take turns. Returns the seconds of every round, and medians."""
     ours: list[dict[str, float]] = []
-    theirs: list[float] = []
+    theirs: dict[str, list[float]] = {name: [] for name in peers}
     found: dict[str, Any] = {}
     for repeat in range(args.repeats):
-        if peer is not None:
-            answer = run_peer(peer, time_limit_s=PEER_TIME_LIMIT_S, env={"HF_HUB_OFFLINE": "1"})
+        for name, command in peers.items():
+            answer = run_peer(command, time_limit_s=PEER_TIME_LIMIT_S, env={"HF_HUB_OFFLINE": "1"})
             found["peer"] = answer["peer"]
-            theirs += answer[seconds_key]
-            print(f"{answer['peer']}: {[round(s, 3) for s in answer[seconds_key]]} s a round", flush=True)
+            theirs[name] += answer[seconds_key]
+            print(f"{name}: {[round(s, 3) for s in answer[seconds_key]]} s a round", flush=True)
         parts = build_parts(config, threading.Event())
         try:
             ours += time_rounds(parts, config, repeat * args.rounds + 1, args.rounds)
@@ -145,11 +160,10 @@ def compare(
     found["ours_s"] = [timing["round_s"] for timing in ours]
     for key in ours[0]:
         found[f"ours_{key}_median"] = statistics.median(timing[key] for timing in ours)
-    if not theirs:
-        return found, None
-    found["peer_s"] = theirs
-    found["peer_round_s_median"] = statistics.median(theirs)
-    return found, found["peer_round_s_median"] / found["ours_round_s_median"]
+    for name, seconds in theirs.items():
+        found[f"{name}_s"] = seconds
+        found[f"{name}_s_median"] = statistics.median(seconds)
+    return found
 
 
 def peer_script_python(folder: Path) -> Path | None:
@@ -178,11 +192,20 @@ def against_genrl(args: argparse.Namespace, scratch: Path) -> tuple[dict[str, An
         {"name": str(model), "system_prompt": SYSTEM_PROMPTS["default"]},
         {"sources": [{"name": n, "config": c} for n, c in GENRL_TASKS.items()], "answer": ["answer_tag"]},
     )
-    command = None if python is None else [python, SHARED / "genrl_round.py", *sizes(args), f"--rounds={args.rounds}"]
-    figures, ratio = compare(args, config, command, "round_s")
-    if command is not None:
-        figures["peer_note"] = "needed one import added (get_dht_time) to be imported at all"
-    return figures, ratio
+    peers: dict[str, list[str | Path]] = {}
+    if python is not None:
+        script = [SHARED / "genrl_round.py", *sizes(args), f"--rounds={args.rounds}"]
+        peers = {
+            "genrl_whole_round": [python, "-c", ALTERNATING_REWARDS, *script],
+            "genrl_as_it_is": [python, *script],
+        }
+    figures = compare(args, config, peers, "round_s")
+    if python is None:
+        return figures, None
+    figures["peer_note"] = "needed one import added (get_dht_time) to be imported at all"
+    without_update_s = figures["ours_rollout_s_median"] + figures["ours_scoring_s_median"]
+    figures["times_as_fast_as_it_is_without_our_update"] = figures["genrl_as_it_is_s_median"] / without_update_s
+    return figures, figures["genrl_whole_round_s_median"] / figures["ours_round_s_median"]
 
 
 def against_trl(args: argparse.Namespace, scratch: Path) -> tuple[dict[str, Any], float | None]:
@@ -196,10 +219,11 @@ def against_trl(args: argparse.Namespace, scratch: Path) -> tuple[dict[str, Any]
     tasks = {"sources": [{"name": "products", "config": digits}], "answer": ["last_number"]}
     python = None if args.alone else peer_script_python(args.trl_env)
     # TRL reports the time from the end of one step to the end of the next: one less than its steps.
-    command = (
-        None if python is None else [python, SHARED / "trl_round.py", model, *sizes(args), f"--steps={args.rounds + 1}"]
-    )
-    return compare(args, settings(args, {"name": str(model)}, tasks), command, "step_s")
+    peers: dict[str, list[str | Path]] = {}
+    if python is not None:
+        peers["trl"] = [python, SHARED / "trl_round.py", model, *sizes(args), f"--steps={args.rounds + 1}"]
+    figures = compare(args, settings(args, {"name": str(model)}, tasks), peers, "step_s")
+    return figures, figures["trl_s_median"] / figures["ours_round_s_median"] if peers else None
 
 
 def main() -> None:
