@@ -34,6 +34,7 @@ from swarm.types import RolloutGroup, TrainingBatch
 
 if TYPE_CHECKING:
     from node.parts import Parts
+    from swarm.scoring import Outcome
 
 __all__ = ["MOVING_AVERAGE_ROUNDS", "Node"]
 
@@ -161,7 +162,7 @@ class Node:
         self.display.round(row)
 
     def _describe(
-        self, round_index: int, own: list[RolloutGroup], stats: UpdateStats | None, outcomes: Counter[str]
+        self, round_index: int, own: list[RolloutGroup], stats: UpdateStats | None, outcomes: "Counter[Outcome]"
     ) -> dict[str, Any]:
         """Return the part of the round's row that does not depend on the machine."""
         row: dict[str, Any] = {"round": round_index, **describe_groups(own, self.config.sapo)}

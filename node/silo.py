@@ -62,9 +62,13 @@ def run_silo(config: RunConfig, folder: RunFolder, *, as_json: bool) -> int:
         recorder = Recorder(folder, config.checkpoint)
         node = Node(config, build_parts=build, recorder=recorder, exchange=SiloExchange(), display=display)
         stopped_by = asyncio.run(run_until_stopped(node))
-    except TrainingDiverged:
+    except TrainingDiverged as error:
         write_summary(folder, summarize(config, node.rows, "diverged"))
-        raise
+        raise TrainingDiverged(
+            f"training diverged after round {node.recorder.last_round} ({error}); its policy is intact: "
+            f"`swarm-node export {shlex.quote(str(folder.path))} FOLDER`, then start again with --model FOLDER "
+            "and a lower trainer.learning_rate"
+        ) from error
     finally:
         display.end()
     return _conclude(node, folder, stopped_by, MOVING_AVERAGE_ROUNDS, as_json=as_json)
@@ -93,7 +97,10 @@ async def run_until_stopped(node: "Node") -> signal.Signals | None:
             _leave_at_once(node, received[0])
         node.stop()
         node.display.note(f"{number.name}: stopping after this step; once more stops at once")
-        loop.call_later(_STOP_WITHIN_S, _leave_at_once, node, number)
+        # A thread of its own: it still counts when the loop has ended and the process has not.
+        timer = threading.Timer(_STOP_WITHIN_S, _leave_at_once, (node, number))
+        timer.daemon = True
+        timer.start()
 
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, on_signal, number)

@@ -132,7 +132,7 @@ class Checkpoints:
 
 def _checksum(tensor: torch.Tensor) -> int:
     flat = tensor.reshape(-1)  # [num_elements]
-    return zlib.crc32(memoryview(flat.view(torch.uint8).numpy())) if flat.numel() else 0
+    return zlib.crc32(flat.view(torch.uint8).numpy().data) if flat.numel() else 0
 
 
 def _sync(path: Path) -> None:

@@ -158,8 +158,7 @@ class Trainer:
             self._num_nonfinite_in_a_row += 1
             if self._num_nonfinite_in_a_row >= self._config.max_nonfinite_updates:
                 raise TrainingDiverged(
-                    f"{self._num_nonfinite_in_a_row} updates in a row had a non-finite loss or gradient; "
-                    "resume from the last checkpoint with a lower trainer.learning_rate"
+                    f"{self._num_nonfinite_in_a_row} updates in a row had a non-finite loss or gradient"
                 )
             return sums, grad_norm
         self._num_nonfinite_in_a_row = 0

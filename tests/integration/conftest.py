@@ -97,12 +97,23 @@ def model_and_questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def new_workplace(tmp_path_factory: pytest.TempPathFactory, model_and_questions: Path) -> Callable[[], Workplace]:
+    """Return a function that makes a folder with the model and the questions in it."""
+
+    def make() -> Workplace:
+        path = tmp_path_factory.mktemp("workplace")
+        for name in ("model", "questions.jsonl"):
+            (path / name).symlink_to(model_and_questions / name)
+        return Workplace(path)
+
+    return make
+
+
 @pytest.fixture
-def workplace(tmp_path: Path, model_and_questions: Path) -> Workplace:
-    """A folder of this test's own, with the model and the questions in it."""
-    for name in ("model", "questions.jsonl"):
-        (tmp_path / name).symlink_to(model_and_questions / name)
-    return Workplace(tmp_path)
+def workplace(new_workplace: Callable[[], Workplace]) -> Workplace:
+    """A folder of this test's own."""
+    return new_workplace()
 
 
 @pytest.fixture
