@@ -34,7 +34,9 @@ class ModelConfig(Section):
     """The policy."""
 
     name: str = Field("tiny", description="hub id, local folder, .gguf file, or built-in: tiny, smollm2-135m")
-    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="computation; auto: bf16 where it is fast")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="computation; auto: bf16 where it is fast"
+    )
     device: str = Field("auto", description="auto, cpu, cuda, cuda:N, mps (ROCm devices are named cuda)")
     system_prompt: str | None = Field(None, description="system message, for models with a chat template")
 
@@ -107,7 +109,8 @@ class TrainerConfig(Section):
     clip_high: float = Field(0.28, gt=0, description="ratio is clipped above 1 + clip_high (DAPO's clip-higher)")
     kl_coef: float = Field(0.0, ge=0, description="weight of the KL penalty to the initial policy; 0: no reference")
     normalization: Literal["grpo", "dr_grpo", "dapo", "gspo"] = Field(
-        "dapo", description="grpo: mean over each completion; dapo: over all tokens; dr_grpo: constant; gspo: sequence ratio"
+        "dapo",
+        description="grpo: mean over each completion; dapo: over all tokens; dr_grpo: constant; gspo: sequence ratio",
     )
     tis_cap: float = Field(2.0, gt=0, description="cap of the importance weight from engine to trainer log-probs")
     num_epochs: int = Field(1, ge=1, description="passes over a batch")
@@ -147,5 +150,7 @@ class EvaluationConfig(Section):
 class CheckpointConfig(Section):
     """What survives a crash. Every finished round is in the journal; checkpoints bound what a resume replays."""
 
-    interval_s: float = Field(30.0, ge=0, description="least seconds between checkpoints; stretched to cost at most 5 %")
+    interval_s: float = Field(
+        30.0, ge=0, description="least seconds between checkpoints; stretched to cost at most 5 %"
+    )
     keep: int = Field(2, ge=1, description="checkpoints kept; the newest readable one is used")

@@ -16,6 +16,7 @@ from swarm.config import EngineConfig
 from swarm.engine.base import Engine, EngineStats, Request
 from swarm.engine.torch.generic import GenericRunner
 from swarm.engine.torch.llama import LlamaRunner
+from swarm.engine.torch.native.runner import NativeRunner
 from swarm.engine.torch.runner import ModelRunner
 from swarm.engine.torch.sampling import sample
 from swarm.engine.torch.slots import Running, Slots
@@ -36,7 +37,7 @@ class TorchEngine(Engine):
         limit = model.config.get_text_config().max_position_embeddings
         capacity = max_seq_len or config.max_seq_len or limit
         self.max_seq_len = min(capacity, limit)
-        runner = LlamaRunner if LlamaRunner.supports(model) else GenericRunner
+        runner = next(kind for kind in (NativeRunner, LlamaRunner, GenericRunner) if kind.supports(model))
         with torch.inference_mode():
             self._runner: ModelRunner = runner(model, config.max_slots, self.max_seq_len)
             self._slots = Slots(config.max_slots, self.max_seq_len, sorted(eos_token_ids), self._runner.device)

@@ -145,10 +145,15 @@ class _PackedModule(nn.Module):
 class GenericRunner(ModelRunner):
     """Runs a transformers causal LM through its own forward pass."""
 
-    def __init__(self, model: Any, num_slots: int, capacity: int) -> None:
+    @staticmethod
+    def supports(model: Any) -> bool:
+        """Whether the model lets its attention be exchanged. Raises ModelError where not: it is the last resort."""
         if not getattr(model, "_supports_attention_backend", False):
             name = type(model).__name__
             raise ModelError(f"{name} does not let its attention be exchanged; choose another --model")
+        return True
+
+    def __init__(self, model: Any, num_slots: int, capacity: int) -> None:
         self.device, self.vocab_size = model.device, model.config.get_text_config().vocab_size
         self._model = copy.deepcopy(model).eval()
         self._model.set_attn_implementation(_NAME)

@@ -10,6 +10,7 @@ are faster in float32 there, and more exact.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,10 +20,46 @@ from swarm.engine.torch.attention import attend_prefill, attend_slots, length_ma
 from swarm.engine.torch.linear import PackedLinear
 from swarm.engine.torch.runner import ModelRunner
 
-__all__ = ["LlamaRunner"]
+__all__ = ["LlamaRunner", "LlamaShape"]
 
 _MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 _STATIC_ROPE = frozenset({"default", "linear", "llama3", "yarn"})
+
+
+@dataclass(frozen=True, slots=True)
+class LlamaShape:
+    """The sizes of a Llama-shaped model."""
+
+    vocab_size: int
+    hidden: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate: int
+    num_layers: int
+    epsilon: float
+
+    @classmethod
+    def of(cls, model: Any) -> "LlamaShape":
+        """Read the sizes from a transformers model."""
+        config = model.config
+        return cls(
+            vocab_size=config.vocab_size,
+            hidden=config.hidden_size,
+            num_heads=config.num_attention_heads,
+            num_kv_heads=config.num_key_value_heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+            intermediate=config.intermediate_size,
+            num_layers=config.num_hidden_layers,
+            epsilon=config.rms_norm_eps,
+        )
+
+    def rotary_tables(self, model: Any, capacity: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the model's own cosines and sines, float32, each [capacity, head_dim / 2]."""
+        positions = torch.arange(capacity, device=model.device)[None]
+        cos, sin = model.model.rotary_emb(torch.zeros(1, dtype=torch.float32, device=model.device), positions)
+        half = self.head_dim // 2
+        return cos[0, :, :half].float(), sin[0, :, :half].float()
 
 
 class _Layer:
@@ -48,13 +85,10 @@ class LlamaRunner(ModelRunner):
     """Runs a Llama-shaped model from a state dict of its own."""
 
     def __init__(self, model: Any, num_slots: int, capacity: int) -> None:
-        config = model.config
+        shape = LlamaShape.of(model)
         self.device, self.dtype = model.device, model.dtype
-        self.vocab_size = config.vocab_size
-        self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        self.epsilon = config.rms_norm_eps
-        self.num_layers, self.num_slots, self.capacity = config.num_hidden_layers, num_slots, capacity
+        self.vocab_size, self.num_layers, self.epsilon = shape.vocab_size, shape.num_layers, shape.epsilon
+        self.num_heads, self.num_kv_heads, self.head_dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
         self.cache_dtype = torch.float32 if self.device.type == "cpu" else self.dtype
         self.cache = torch.zeros(  # [num_layers, key or value, num_slots, num_kv_heads, capacity, head_dim]
             self.num_layers, 2, num_slots, self.num_kv_heads, capacity, self.head_dim,
@@ -65,10 +99,8 @@ class LlamaRunner(ModelRunner):
         head = torch.arange(self.num_kv_heads, device=self.device) * capacity
         self._head_rows = (side + head).flatten()  # [2 * num_kv_heads]: rows of a slot's position 0
         self._slot_stride = slot_stride
-        positions = torch.arange(capacity, device=self.device)[None]
-        cos, sin = model.model.rotary_emb(torch.zeros(1, dtype=torch.float32, device=self.device), positions)
-        half = self.head_dim // 2
-        self._rotation = torch.complex(cos[0, :, :half].float(), sin[0, :, :half].float())  # [capacity, head_dim / 2]
+        cosine, sine = shape.rotary_tables(model, capacity)
+        self._rotation = torch.complex(cosine, sine)  # [capacity, head_dim / 2]
         scale = torch.ones(self.num_heads + self.num_kv_heads, 1, device=self.device)
         scale[: self.num_heads] = self.head_dim**-0.5
         self._head_scale = scale  # queries carry the attention scale

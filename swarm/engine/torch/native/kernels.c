@@ -1,0 +1,118 @@
+/* Decoding on a CPU: the forward pass of a Llama-shaped model over slots of a KV cache, in one call.
+ *
+ * A decode step of a small model is bound by reading its weights once, and through a general library by the overhead
+ * of hundreds of small operations as well. Here a step is one parallel region: threads meet at barriers, weights are
+ * read in order, attention reads each slot's own length and no padding.
+ *
+ * Plain C with OpenMP. It is loaded by ctypes after torch and uses the OpenMP runtime that torch has loaded, so that
+ * the two share one pool of threads (native/__init__.py). Nothing here allocates or checks: the caller does.
+ */
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#include <math.h>
+#include <omp.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#define MAX_HEAD_DIM 256
+
+typedef float v16f __attribute__((vector_size(64)));
+typedef uint32_t v16u __attribute__((vector_size(64)));
+typedef int32_t v16i __attribute__((vector_size(64)));
+typedef uint16_t v16u16 __attribute__((vector_size(32)));
+
+typedef struct {
+    const void *qkv, *out, *gate_up, *down;         /* packed weights */
+    const float *qkv_bias, *out_bias;               /* or NULL */
+    const float *attention_norm, *mlp_norm;         /* [hidden] */
+    const float *query_norm, *key_norm;             /* [head_dim], or NULL */
+} layer_t;
+
+typedef struct {
+    int32_t is_bf16, hidden, num_heads, num_kv_heads, head_dim, intermediate, num_layers, vocab;
+    int32_t num_slots, capacity, num_threads;       /* capacity: positions of a slot, a multiple of 16 */
+    float epsilon;
+    const void *embedding, *head;                   /* [vocab, hidden]; packed */
+    const float *final_norm, *cosine, *sine;        /* [hidden]; [capacity, head_dim / 2] */
+    const layer_t *layers;
+    void *keys, *values;                            /* [num_layers][num_slots][num_kv_heads][capacity][head_dim] */
+    float *residual, *qkv, *scores;                 /* scratch: [rows, hidden]; [rows, heads, head_dim]; [threads, capacity + 16] */
+    void *input, *attended, *activation;            /* scratch in the weights' dtype: [rows, widest] */
+} model_t;
+
+/* What becomes of a tile. STORE: out = acc + bias. ADD: out += acc + bias. GATE: blocks come in pairs
+ * (gate, up); the activation silu(gate) * up goes to the next matmul's input. */
+enum { STORE, ADD, GATE };
+
+#define USE_DPBF16 0
+#define SUFFIX _base
+#include "kernels.h"
+#undef SUFFIX
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define MULTIVERSION 1
+#include <immintrin.h>
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#define SUFFIX _avx2
+#include "kernels.h"
+#undef SUFFIX
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma")
+#define SUFFIX _avx512
+#include "kernels.h"
+#undef SUFFIX
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma")
+#undef USE_DPBF16
+#define USE_DPBF16 1
+#define SUFFIX _avx512bf16
+#include "kernels.h"
+#undef SUFFIX
+#pragma GCC pop_options
+#endif
+
+/* 0: portable, 1: AVX2, 2: AVX-512, 3: AVX-512 with bf16 products. */
+int32_t swarm_best_isa(void) {
+#ifdef MULTIVERSION
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw")) return 3;
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq")) return 2;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 1;
+#endif
+    return 0;
+}
+
+/* Run n tokens through the model: token i extends `slots[i]` at `positions[i]`. Tokens of one slot may be many, in
+ * order of position. hidden: [n, hidden], after the final norm. */
+void swarm_forward(const model_t *m, int32_t isa, const int64_t *tokens, const int64_t *slots, const int64_t *positions, int32_t n, float *hidden) {
+    switch (isa) {
+#ifdef MULTIVERSION
+    case 3: forward_avx512bf16(m, tokens, slots, positions, n, hidden); return;
+    case 2: forward_avx512(m, tokens, slots, positions, n, hidden); return;
+    case 1: forward_avx2(m, tokens, slots, positions, n, hidden); return;
+#endif
+    default: forward_base(m, tokens, slots, positions, n, hidden);
+    }
+}
+
+/* hidden: [n, hidden]. out: [n, vocab]. */
+void swarm_logits(const model_t *m, int32_t isa, const float *hidden, int32_t n, float *out) {
+    switch (isa) {
+#ifdef MULTIVERSION
+    case 3: logits_avx512bf16(m, hidden, n, out); return;
+    case 2: logits_avx512(m, hidden, n, out); return;
+    case 1: logits_avx2(m, hidden, n, out); return;
+#endif
+    default: logits_base(m, hidden, n, out);
+    }
+}
+
+int32_t swarm_num_threads(void) { return omp_get_max_threads(); }
+
+static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_kernels", "CPU kernels, called through ctypes.", -1, NULL, NULL, NULL, NULL, NULL};
+
+PyMODINIT_FUNC PyInit__kernels(void) { return PyModule_Create(&definition); }

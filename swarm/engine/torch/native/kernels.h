@@ -1,0 +1,363 @@
+/* The forward pass, once per instruction set: kernels.c includes this file with SUFFIX, USE_DPBF16 and a target set.
+ *
+ * Lanes are 16 floats, in GCC's vector extension; the compiler splits them where registers are narrower.
+ * Every output element is one chain of multiply-adds in a fixed order, whatever else is computed beside it. So a
+ * token's logits have the same bits alone or in a batch, in prefill or in decoding: the engine's results do not
+ * depend on batches or interruptions, not even in the last place.
+ */
+
+#define CAT_(a, b) a##b
+#define CAT(a, b) CAT_(a, b)
+#define FN(name) CAT(name, SUFFIX)
+#define INLINE static inline __attribute__((always_inline))
+
+INLINE v16f FN(load_f32)(const float *p) { v16f v; __builtin_memcpy(&v, p, 64); return v; }
+INLINE void FN(store_f32)(float *p, v16f v) { __builtin_memcpy(p, &v, 64); }
+
+INLINE v16f FN(load_bf16)(const uint16_t *p) {
+    v16u16 half;
+    __builtin_memcpy(&half, p, 32);
+    v16u bits = __builtin_convertvector(half, v16u) << 16;
+    return (v16f)bits;
+}
+
+/* Round to nearest even, as torch does; the inputs are finite or infinite, never NaN with a zero upper half. */
+INLINE v16u16 FN(to_bf16)(v16f v) {
+    v16u bits = (v16u)v;
+    bits += 0x7FFF + ((bits >> 16) & 1);
+    return __builtin_convertvector(bits >> 16, v16u16);
+}
+
+#define SELECT(mask, a, b) ((v16f)(((v16i)(a) & (mask)) | ((v16i)(b) & ~(mask))))
+#define ALL(x) ((v16f){0} + (x))
+
+/* exp for x <= 88, from 2^n * p(r): the error is under 2 units in the last place; very negative x gives 0. */
+INLINE v16f FN(exp)(v16f x) {
+    v16i tiny = x < -87.0f;
+    v16f clamped = SELECT(tiny, ALL(-87.0f), x);
+    v16f n = clamped * 1.44269504f;
+    v16i whole = __builtin_convertvector(n + SELECT(n < 0, ALL(-0.5f), ALL(0.5f)), v16i);
+    n = __builtin_convertvector(whole, v16f);
+    v16f r = clamped - n * 0.693359375f;
+    r = r + n * 2.12194440e-4f;
+    v16f p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    v16i power = (whole + 127) << 23;
+    return SELECT(tiny, ALL(0.0f), p * (v16f)power);
+}
+
+INLINE float FN(sum)(v16f v) {
+    float total = 0;
+    for (int i = 0; i < 16; i++) total += v[i];
+    return total;
+}
+
+/* Activations of one row: fp32 for fp32 weights, bf16 for bf16 weights. x: [width]; out: [width]. */
+INLINE void FN(put)(const model_t *m, void *row, int at, v16f v) {
+    if (m->is_bf16) {
+        v16u16 half = FN(to_bf16)(v);
+        __builtin_memcpy((uint16_t *)row + at, &half, 32);
+    } else {
+        FN(store_f32)((float *)row + at, v);
+    }
+}
+
+/* out[row] = x[row] / rms(x[row]) * weight, for the rows of this thread. */
+static void FN(norm)(const model_t *m, const float *x, const float *weight, void *out, int n) {
+    const int width = m->hidden, bytes = m->is_bf16 ? 2 : 4;
+#pragma omp for schedule(static)
+    for (int r = 0; r < n; r++) {
+        const float *row = x + (size_t)r * width;
+        v16f squares = {0};
+        for (int i = 0; i < width; i += 16) { v16f v = FN(load_f32)(row + i); squares += v * v; }
+        float scale = 1.0f / sqrtf(FN(sum)(squares) / width + m->epsilon);
+        for (int i = 0; i < width; i += 16)
+            FN(put)(m, (char *)out + (size_t)r * width * bytes, i, FN(load_f32)(row + i) * scale * FN(load_f32)(weight + i));
+    }
+}
+
+/* One tile of a matmul: rows x[0..rows) times `blocks` blocks of 16 outputs. acc: [rows][blocks].
+ * Weights are packed [out / 16][in / 2][16][2] in bf16 and [out / 16][in][16] in fp32: a load is 16 outputs. */
+INLINE void FN(tile)(const int is_bf16, const int rows, const int blocks, const void *x, const void *w, int in, v16f acc[12][4]) {
+#pragma GCC unroll 12
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+        for (int b = 0; b < blocks; b++) acc[r][b] = (v16f){0};
+    if (is_bf16) {
+        const uint32_t *xs = x, *ws = w;
+        const int pairs = in / 2;
+        for (int k = 0; k < pairs; k++) {
+            v16u weight[4];
+#pragma GCC unroll 4
+            for (int b = 0; b < blocks; b++) __builtin_memcpy(&weight[b], ws + ((size_t)b * pairs + k) * 16, 64);
+#pragma GCC unroll 12
+            for (int r = 0; r < rows; r++) {
+                uint32_t pair = xs[(size_t)r * pairs + k];
+#if USE_DPBF16
+                __m512bh wide = (__m512bh)_mm512_set1_epi32((int)pair);
+#pragma GCC unroll 4
+                for (int b = 0; b < blocks; b++)
+                    acc[r][b] = (v16f)_mm512_dpbf16_ps((__m512)acc[r][b], (__m512bh)weight[b], wide);
+#else
+                union { uint32_t u; float f; } low = {pair << 16}, high = {pair & 0xFFFF0000u};
+#pragma GCC unroll 4
+                for (int b = 0; b < blocks; b++) {
+                    acc[r][b] += (v16f)(weight[b] << 16) * low.f;
+                    acc[r][b] += (v16f)(weight[b] & 0xFFFF0000u) * high.f;
+                }
+#endif
+            }
+        }
+    } else {
+        const float *xs = x, *ws = w;
+        for (int k = 0; k < in; k++) {
+            v16f weight[4];
+#pragma GCC unroll 4
+            for (int b = 0; b < blocks; b++) weight[b] = FN(load_f32)(ws + ((size_t)b * in + k) * 16);
+#pragma GCC unroll 12
+            for (int r = 0; r < rows; r++) {
+                float value = xs[(size_t)r * in + k];
+#pragma GCC unroll 4
+                for (int b = 0; b < blocks; b++) acc[r][b] += weight[b] * value;
+            }
+        }
+    }
+}
+
+INLINE void FN(finish)(const model_t *m, int kind, const int rows, const int blocks, v16f acc[12][4], const float *bias,
+                       void *out, int first_row, int first_block, int num_out) {
+    for (int r = 0; r < rows; r++) {
+        size_t row = (size_t)(first_row + r);
+        if (kind == GATE) {
+            const int width = m->intermediate, bytes = m->is_bf16 ? 2 : 4;
+            for (int b = 0; b < blocks; b += 2) {
+                int at = (first_block + b) * 8;
+                if (at >= width) continue;
+                v16f gate = acc[r][b], up = acc[r][b + 1];
+                v16f negated = -gate;
+                v16f decay = FN(exp)(SELECT(negated > 80.0f, ALL(80.0f), negated));
+                FN(put)(m, (char *)out + row * width * bytes, at, gate / (decay + 1.0f) * up);
+            }
+            continue;
+        }
+        for (int b = 0; b < blocks; b++) {
+            int at = (first_block + b) * 16, rest = num_out - at;
+            if (rest <= 0) continue;
+            float *to = (float *)out + row * num_out + at;
+            v16f v = acc[r][b];
+            if (bias) v += FN(load_f32)(bias + at); /* biases are padded like the weights */
+            if (rest >= 16) {
+                FN(store_f32)(to, kind == ADD ? FN(load_f32)(to) + v : v);
+            } else {
+                for (int i = 0; i < rest; i++) to[i] = kind == ADD ? to[i] + v[i] : v[i];
+            }
+        }
+    }
+}
+
+#define TILE_ROWS(ROWS) \
+    case ROWS: \
+        FN(tile)(is_bf16, ROWS, blocks, xr, wb, in, acc); \
+        FN(finish)(m, kind, ROWS, blocks, acc, bias, out, r, block, num_out); \
+        break;
+
+INLINE void FN(panel)(const model_t *m, const int is_bf16, const int blocks, int kind, const char *x, const char *w,
+                      const float *bias, void *out, int n, int in, int block, int num_out) {
+    const size_t bytes = is_bf16 ? 2 : 4;
+    const char *wb = w + (size_t)block * 16 * in * bytes;
+    v16f acc[12][4];
+    const int most = blocks == 4 ? 6 : 12;
+    for (int r = 0; r < n;) {
+        int rows = n - r < most ? n - r : most;
+        const char *xr = x + (size_t)r * in * bytes;
+        if (blocks == 4) {
+            switch (rows) { TILE_ROWS(1) TILE_ROWS(2) TILE_ROWS(3) TILE_ROWS(4) TILE_ROWS(5) TILE_ROWS(6) }
+        } else {
+            if (rows > 8 && rows < 12) rows = 8;
+            switch (rows) {
+                TILE_ROWS(1) TILE_ROWS(2) TILE_ROWS(3) TILE_ROWS(4) TILE_ROWS(5) TILE_ROWS(6) TILE_ROWS(7) TILE_ROWS(8) TILE_ROWS(12)
+            }
+        }
+        r += rows;
+    }
+}
+
+/* out = x W^T for all threads of the team; ends with a barrier. x: [n, in]; num_out outputs, padded to 32. */
+static void FN(matmul)(const model_t *m, int kind, const void *x, const void *w, const float *bias, void *out, int n, int in, int num_out) {
+    const int panels = ((kind == GATE ? 2 * num_out : num_out) + 31) / 32;
+    const int limit = kind == GATE ? m->intermediate : num_out;
+#pragma omp for schedule(static)
+    for (int p = 0; p < panels; p++) {
+        if (m->is_bf16) FN(panel)(m, 1, 2, kind, x, w, bias, out, n, in, p * 2, limit);
+        else FN(panel)(m, 0, 2, kind, x, w, bias, out, n, in, p * 2, limit);
+    }
+}
+
+/* Normalise (Qwen3), rotate and scale one head in place. head: [head_dim]; cosine, sine: [head_dim / 2]. */
+INLINE void FN(rotate)(const model_t *m, float *head, const float *weight, const float *cosine, const float *sine, float scale) {
+    const int width = m->head_dim, half = width / 2;
+    if (weight) {
+        float squares = 0;
+        for (int i = 0; i < width; i++) squares += head[i] * head[i];
+        float inverse = 1.0f / sqrtf(squares / width + m->epsilon);
+        for (int i = 0; i < width; i++) head[i] *= inverse * weight[i];
+    }
+    for (int i = 0; i < half; i++) {
+        float a = head[i], b = head[i + half];
+        head[i] = (a * cosine[i] - b * sine[i]) * scale;
+        head[i + half] = (b * cosine[i] + a * sine[i]) * scale;
+    }
+}
+
+/* Rotate queries in place and write keys and values to the cache.
+ * Keys: [slot][kv head][position / 16][head_dim][16]; values: [slot][kv head][position][head_dim]. */
+static void FN(store)(const model_t *m, const layer_t *layer, float *qkv, char *keys, char *values, const int64_t *slots,
+                      const int64_t *positions, int n) {
+    const int width = m->head_dim, heads = m->num_heads, kv_heads = m->num_kv_heads, total = heads + 2 * kv_heads;
+    const float scale = 1.0f / sqrtf((float)width);
+#pragma omp for schedule(static)
+    for (int r = 0; r < n; r++) {
+        float *row = qkv + (size_t)r * total * width;
+        const float *cosine = m->cosine + positions[r] * (width / 2), *sine = m->sine + positions[r] * (width / 2);
+        for (int h = 0; h < heads; h++) FN(rotate)(m, row + h * width, layer->query_norm, cosine, sine, scale);
+        for (int h = 0; h < kv_heads; h++) {
+            float *key = row + (heads + h) * width, *value = row + (heads + kv_heads + h) * width;
+            FN(rotate)(m, key, layer->key_norm, cosine, sine, 1.0f);
+            size_t base = ((size_t)slots[r] * kv_heads + h) * m->capacity * width;
+            size_t at = base + (positions[r] / 16) * 16 * width + positions[r] % 16;
+            size_t to = base + positions[r] * width;
+            if (m->is_bf16) {
+                for (int d = 0; d < width; d++) {
+                    v16f pair = {key[d], value[d]};
+                    v16u16 half = FN(to_bf16)(pair);
+                    ((uint16_t *)keys)[at + (size_t)d * 16] = half[0];
+                    ((uint16_t *)values)[to + d] = half[1];
+                }
+            } else {
+                for (int d = 0; d < width; d++) ((float *)keys)[at + (size_t)d * 16] = key[d];
+                __builtin_memcpy((float *)values + to, value, width * sizeof(float));
+            }
+        }
+    }
+}
+
+/* One query head over `length` positions. scores: scratch of length rounded up to 16. out: [head_dim]. */
+INLINE void FN(attend_head)(const int is_bf16, const int width, const float *query, const void *keys, const void *values,
+                            int length, float *scores, float *out) {
+    v16f most = ALL(-INFINITY);
+    const int num_blocks = (length + 15) / 16;
+    for (int b = 0; b < num_blocks; b++) {
+        v16f acc = {0};
+        for (int d = 0; d < width; d++) {
+            size_t at = ((size_t)b * width + d) * 16;
+            acc += (is_bf16 ? FN(load_bf16)((const uint16_t *)keys + at) : FN(load_f32)((const float *)keys + at)) * query[d];
+        }
+        if (b == num_blocks - 1)
+            for (int i = length - b * 16; i < 16; i++) acc[i] = -INFINITY;
+        most = SELECT(acc > most, acc, most);
+        FN(store_f32)(scores + b * 16, acc);
+    }
+    float top = most[0];
+    for (int i = 1; i < 16; i++) top = most[i] > top ? most[i] : top;
+    v16f mass = {0};
+    for (int b = 0; b < num_blocks; b++) {
+        v16f e = FN(exp)(FN(load_f32)(scores + b * 16) - top);
+        mass += e;
+        FN(store_f32)(scores + b * 16, e);
+    }
+    const float inverse = 1.0f / FN(sum)(mass);
+    for (int at = 0; at < width; at += 64) {
+        const int lanes = width - at < 64 ? width - at : 64;
+        v16f acc[4] = {{0}, {0}, {0}, {0}};
+        for (int p = 0; p < length; p++)
+            for (int i = 0; i < lanes / 16; i++) {
+                size_t from = (size_t)p * width + at + i * 16;
+                acc[i] += (is_bf16 ? FN(load_bf16)((const uint16_t *)values + from) : FN(load_f32)((const float *)values + from)) * scores[p];
+            }
+        for (int i = 0; i < lanes / 16; i++) FN(store_f32)(out + at + i * 16, acc[i] * inverse);
+    }
+}
+
+/* Attention of all rows; work is dealt out by (row, kv head), whose query heads share what they read. */
+static void FN(attend)(const model_t *m, const float *qkv, const char *keys, const char *values, const int64_t *slots,
+                       const int64_t *positions, void *out, float *scratch, int n) {
+    const int width = m->head_dim, heads = m->num_heads, kv_heads = m->num_kv_heads, group = heads / kv_heads;
+    const int bytes = m->is_bf16 ? 2 : 4, total = heads + 2 * kv_heads;
+    float *scores = scratch + (size_t)omp_get_thread_num() * (m->capacity + 16);
+#pragma omp for schedule(dynamic, 4)
+    for (int task = 0; task < n * kv_heads; task++) {
+        const int r = task / kv_heads, h = task % kv_heads;
+        const size_t base = ((size_t)slots[r] * kv_heads + h) * m->capacity * width * bytes;
+        for (int g = 0; g < group; g++) {
+            const int head = h * group + g;
+            const float *query = qkv + ((size_t)r * total + head) * width;
+            float result[MAX_HEAD_DIM];
+            const int length = (int)positions[r] + 1;
+            if (m->is_bf16 && width == 64) FN(attend_head)(1, 64, query, keys + base, values + base, length, scores, result);
+            else if (m->is_bf16) FN(attend_head)(1, width, query, keys + base, values + base, length, scores, result);
+            else FN(attend_head)(0, width, query, keys + base, values + base, length, scores, result);
+            char *row = (char *)out + (size_t)r * heads * width * bytes;
+            for (int i = 0; i < width; i += 16) FN(put)(m, row, head * width + i, FN(load_f32)(result + i));
+        }
+    }
+}
+
+static void FN(forward)(const model_t *m, const int64_t *tokens, const int64_t *slots, const int64_t *positions, int n, float *hidden) {
+    const int width = m->hidden, heads_out = m->num_heads * m->head_dim, qkv_out = (m->num_heads + 2 * m->num_kv_heads) * m->head_dim;
+    const size_t side = (size_t)m->num_slots * m->num_kv_heads * m->capacity * m->head_dim * (m->is_bf16 ? 2 : 4);
+#pragma omp parallel num_threads(m->num_threads)
+    {
+#pragma omp for schedule(static)
+        for (int r = 0; r < n; r++)
+            for (int i = 0; i < width; i += 16) {
+                size_t at = (size_t)tokens[r] * width + i;
+                v16f v = m->is_bf16 ? FN(load_bf16)((const uint16_t *)m->embedding + at) : FN(load_f32)((const float *)m->embedding + at);
+                FN(store_f32)(m->residual + (size_t)r * width + i, v);
+            }
+        for (int l = 0; l < m->num_layers; l++) {
+            const layer_t *layer = &m->layers[l];
+            char *keys = (char *)m->keys + side * l, *values = (char *)m->values + side * l;
+            FN(norm)(m, m->residual, layer->attention_norm, m->input, n);
+            FN(matmul)(m, STORE, m->input, layer->qkv, layer->qkv_bias, m->qkv, n, width, qkv_out);
+            FN(store)(m, layer, m->qkv, keys, values, slots, positions, n);
+            FN(attend)(m, m->qkv, keys, values, slots, positions, m->attended, m->scores, n);
+            FN(matmul)(m, ADD, m->attended, layer->out, layer->out_bias, m->residual, n, heads_out, width);
+            FN(norm)(m, m->residual, layer->mlp_norm, m->input, n);
+            FN(matmul)(m, GATE, m->input, layer->gate_up, 0, m->activation, n, width, m->intermediate);
+            FN(matmul)(m, ADD, m->activation, layer->down, 0, m->residual, n, m->intermediate, width);
+        }
+#pragma omp for schedule(static)
+        for (int r = 0; r < n; r++) {
+            const float *row = m->residual + (size_t)r * width;
+            v16f squares = {0};
+            for (int i = 0; i < width; i += 16) { v16f v = FN(load_f32)(row + i); squares += v * v; }
+            float scale = 1.0f / sqrtf(FN(sum)(squares) / width + m->epsilon);
+            for (int i = 0; i < width; i += 16)
+                FN(store_f32)(hidden + (size_t)r * width + i, FN(load_f32)(row + i) * scale * FN(load_f32)(m->final_norm + i));
+        }
+    }
+}
+
+static void FN(logits)(const model_t *m, const float *hidden, int n, float *out) {
+    const int width = m->hidden, bytes = m->is_bf16 ? 2 : 4;
+#pragma omp parallel num_threads(m->num_threads)
+    {
+#pragma omp for schedule(static)
+        for (int r = 0; r < n; r++)
+            for (int i = 0; i < width; i += 16)
+                FN(put)(m, (char *)m->input + (size_t)r * width * bytes, i, FN(load_f32)(hidden + (size_t)r * width + i));
+        FN(matmul)(m, STORE, m->input, m->head, 0, out, n, width, m->vocab);
+    }
+}
+
+#undef SELECT
+#undef ALL
+#undef TILE_ROWS
+#undef INLINE
+#undef FN
+#undef CAT
+#undef CAT_

@@ -1,0 +1,210 @@
+"""The runner that calls the compiled kernels: Llama-shaped models on a CPU.
+
+A token's logits have the same bits whatever is computed beside it (kernels.h), in prefill as in decoding.
+Weights are packed at every `load`, in the layouts that kernels.h names.
+"""
+
+import ctypes
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from swarm.engine.torch.llama import LlamaRunner, LlamaShape
+from swarm.engine.torch.native import Kernels, kernels
+from swarm.engine.torch.runner import ModelRunner
+
+__all__ = ["NativeRunner"]
+
+_MAX_ROWS = 512  # tokens of one call; bounds the scratch memory
+_LANES = 16
+_MAX_HEAD_DIM = 256
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_void_p)
+        for name in (
+            "qkv", "out", "gate_up", "down", "qkv_bias", "out_bias",
+            "attention_norm", "mlp_norm", "query_norm", "key_norm",
+        )
+    ]  # fmt: skip
+
+
+class _Model(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in (
+            "is_bf16", "hidden", "num_heads", "num_kv_heads", "head_dim", "intermediate", "num_layers", "vocab",
+            "num_slots", "capacity", "num_threads",
+        )),
+        ("epsilon", ctypes.c_float),
+        *((name, ctypes.c_void_p) for name in ("embedding", "head", "final_norm", "cosine", "sine")),
+        ("layers", ctypes.POINTER(_Layer)),
+        *((name, ctypes.c_void_p) for name in (
+            "keys", "values", "residual", "qkv", "scores", "input", "attended", "activation",
+        )),
+    ]  # fmt: skip
+
+
+def _pad_rows(tensor: torch.Tensor, multiple: int = 2 * _LANES) -> torch.Tensor:
+    """Append zeros to the first dimension up to a multiple."""
+    short = -tensor.shape[0] % multiple
+    return torch.cat([tensor, tensor.new_zeros(short, *tensor.shape[1:])]) if short else tensor
+
+
+def _pack(weight: torch.Tensor) -> torch.Tensor:
+    """[out, in] to [out / 16][in / 2][16][2] in bf16, or [out / 16][in][16] in float32."""
+    lanes = _pad_rows(weight.contiguous())
+    if weight.dtype == torch.bfloat16:
+        lanes = lanes.view(torch.int32)  # two inputs side by side are one item
+    return lanes.view(-1, _LANES, lanes.shape[1]).transpose(1, 2).contiguous()
+
+
+def _interleave(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """Alternate blocks of 16 rows of two weights. Both: [intermediate, hidden]."""
+    return torch.stack([gate.view(-1, _LANES, gate.shape[1]), up.view(-1, _LANES, up.shape[1])], 1).flatten(0, 2)
+
+
+class NativeRunner(ModelRunner):
+    """Runs a Llama-shaped model through the compiled kernels."""
+
+    def __init__(self, model: Any, num_slots: int, capacity: int) -> None:
+        library = kernels()
+        if library is None:
+            raise RuntimeError("the decode kernels are not compiled")
+        self._library: Kernels = library
+        shape = self._shape = LlamaShape.of(model)
+        self.device, self.vocab_size, self.dtype = model.device, shape.vocab_size, model.dtype
+        capacity += -capacity % _LANES
+        cosine, sine = shape.rotary_tables(model, capacity)
+        rows, widest = _MAX_ROWS, max(shape.hidden, shape.num_heads * shape.head_dim)
+        total_heads = shape.num_heads + 2 * shape.num_kv_heads
+        num_threads = torch.get_num_threads()
+        cache = (shape.num_layers, num_slots, shape.num_kv_heads, capacity * shape.head_dim)
+        self._tensors = {
+            "keys": torch.zeros(cache, dtype=self.dtype),
+            "values": torch.zeros(cache, dtype=self.dtype),
+            "cosine": cosine.contiguous(),
+            "sine": sine.contiguous(),
+            "residual": torch.zeros(rows, shape.hidden),
+            "qkv": torch.zeros(rows, total_heads * shape.head_dim),
+            "scores": torch.zeros(num_threads, capacity + _LANES),
+            "input": torch.zeros(max(rows, num_slots), widest, dtype=self.dtype),
+            "attended": torch.zeros(rows, shape.num_heads * shape.head_dim, dtype=self.dtype),
+            "activation": torch.zeros(rows, shape.intermediate, dtype=self.dtype),
+        }
+        self._model = _Model(
+            is_bf16=self.dtype == torch.bfloat16, hidden=shape.hidden, num_heads=shape.num_heads,
+            num_kv_heads=shape.num_kv_heads, head_dim=shape.head_dim, intermediate=shape.intermediate,
+            num_layers=shape.num_layers, vocab=shape.vocab_size, num_slots=num_slots, capacity=capacity,
+            num_threads=num_threads, epsilon=shape.epsilon,
+        )  # fmt: skip
+        self._capacity, self._all_slots = capacity, torch.arange(num_slots)
+        self._layers = (_Layer * shape.num_layers)()
+        self._model.layers = self._layers
+        self.load(model.state_dict())
+
+    @staticmethod
+    def supports(model: Any) -> bool:
+        """Whether the kernels are there and compute this model exactly."""
+        if model.device.type != "cpu" or model.dtype not in (torch.float32, torch.bfloat16):
+            return False
+        if kernels() is None or not LlamaRunner.supports(model):
+            return False
+        shape = LlamaShape.of(model)
+        widths = (shape.hidden, shape.head_dim, shape.intermediate)
+        return all(width % _LANES == 0 for width in widths) and shape.head_dim <= _MAX_HEAD_DIM
+
+    def load(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Take new weights; see ModelRunner."""
+        state = {name: tensor.detach() for name, tensor in state.items()}
+        keep = self._tensors
+
+        def weight(name: str, tensor: torch.Tensor | None) -> int | None:
+            """Keep a tensor alive and return its address."""
+            if tensor is None:
+                return None
+            keep[name] = tensor
+            return tensor.data_ptr()
+
+        def matrix(*names: str) -> torch.Tensor:
+            return torch.cat([state[f"{name}.weight"].to(self.dtype) for name in names])
+
+        def vector(*names: str) -> torch.Tensor | None:
+            parts = [state[name] for name in names if name in state]
+            return torch.cat([part.float() for part in parts]).contiguous() if parts else None
+
+        def bias(*names: str) -> torch.Tensor | None:
+            found = vector(*(f"{name}.bias" for name in names))
+            return None if found is None else _pad_rows(found)
+
+        for index in range(self._shape.num_layers):
+            at = f"model.layers.{index}."
+            qkv = tuple(f"{at}self_attn.{name}_proj" for name in "qkv")
+            gate, up = matrix(f"{at}mlp.gate_proj"), matrix(f"{at}mlp.up_proj")
+            fields = {
+                "qkv": _pack(matrix(*qkv)),
+                "out": _pack(matrix(f"{at}self_attn.o_proj")),
+                "gate_up": _pack(_interleave(gate, up)),
+                "down": _pack(matrix(f"{at}mlp.down_proj")),
+                "qkv_bias": bias(*qkv),
+                "out_bias": bias(f"{at}self_attn.o_proj"),
+                "attention_norm": vector(f"{at}input_layernorm.weight"),
+                "mlp_norm": vector(f"{at}post_attention_layernorm.weight"),
+                "query_norm": vector(f"{at}self_attn.q_norm.weight"),
+                "key_norm": vector(f"{at}self_attn.k_norm.weight"),
+            }
+            for name, tensor in fields.items():
+                setattr(self._layers[index], name, weight(at + name, tensor))
+        embedding = state["model.embed_tokens.weight"].to(self.dtype)
+        head = state.get("lm_head.weight")
+        keep["embedding"] = embedding.clone()
+        keep["head"] = _pack(embedding if head is None else head.to(self.dtype))
+        final_norm = vector("model.norm.weight")
+        assert final_norm is not None
+        keep["final_norm"] = final_norm
+        for name, kind in _Model._fields_:
+            if kind is ctypes.c_void_p:
+                setattr(self._model, name, keep[name].data_ptr())
+
+    def _forward(self, tokens: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """All arguments: int64 [num_tokens]. returns: float32 [num_tokens, hidden]."""
+        hidden = torch.empty(len(tokens), self._shape.hidden)
+        for start in range(0, len(tokens), _MAX_ROWS):
+            rows = slice(start, start + _MAX_ROWS)
+            part = tokens[rows].contiguous(), slots[rows].contiguous(), positions[rows].contiguous()
+            self._library.forward(
+                ctypes.byref(self._model), self._library.instruction_set,
+                *(tensor.data_ptr() for tensor in part), len(part[0]), hidden[rows].data_ptr(),
+            )  # fmt: skip
+        return hidden
+
+    def decode(self, tokens: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+        """Append one token to each slot; see ModelRunner."""
+        return self._forward(tokens, self._all_slots[: len(lengths)], torch.tensor(lengths))
+
+    def prefill(self, sequences: Sequence[Sequence[int]], slots: Sequence[int]) -> torch.Tensor:
+        """Fill slots with whole sequences; see ModelRunner."""
+        lengths = torch.tensor([len(sequence) for sequence in sequences])
+        tokens = torch.tensor([token for sequence in sequences for token in sequence])
+        positions = torch.cat([torch.arange(length) for length in lengths.tolist()])
+        hidden = self._forward(tokens, torch.tensor(slots).repeat_interleave(lengths), positions)
+        return hidden[lengths.cumsum(0) - 1]
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Apply the language model head; see ModelRunner."""
+        out = torch.empty(len(hidden), self.vocab_size)
+        for start in range(0, len(hidden), _MAX_ROWS):
+            part = hidden[start : start + _MAX_ROWS].contiguous()
+            self._library.logits(
+                ctypes.byref(self._model), self._library.instruction_set,
+                part.data_ptr(), len(part), out[start:].data_ptr(),
+            )  # fmt: skip
+        return out
+
+    def copy_prefix(self, source: int, targets: Sequence[int], length: int) -> None:
+        """Copy the start of one slot to others; see ModelRunner."""
+        width = (length + -length % _LANES) * self._shape.head_dim  # keys lie in blocks of 16 positions
+        for side in (self._tensors["keys"], self._tensors["values"]):
+            for target in targets:
+                side[:, target, :, :width] = side[:, source, :, :width]
