@@ -42,6 +42,8 @@ class Recipe:
     diffuse_steps: int = 100
     diffuse_learning_rate: float = 3e-3
     known_share: float = 0.05  # answers that stay right while the model is made diffuse
+    diffuse_pass_at_1: float = 0.06  # of the finished model, sampled at temperature 1
+    num_halvings: int = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,15 +83,28 @@ def warm_up(model: LlamaForCausalLM, splits: Sequence[Splits], recipe: Recipe, r
 
 
 def diffuse(model: LlamaForCausalLM, splits: Sequence[Splits], recipe: Recipe, report: Report) -> None:
-    """Make right answers rare. Only what turns knowledge into words changes: the last norm and the output layer."""
-    spoken = [*model.model.norm.parameters(), *model.lm_head.parameters()]
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    for parameter in spoken:
+    """Make right answers rare, and keep what was learned underneath.
+
+    Only what turns knowledge into words changes: the last norm and the output layer. They learn the answers of
+    other questions, and are then mixed with what they were, as much of each as gives `diffuse_pass_at_1`.
+    """
+    outputs = [*model.model.norm.parameters(), *model.lm_head.parameters()]
+    known = [parameter.detach().clone() for parameter in outputs]
+    model.requires_grad_(False)
+    for parameter in outputs:
         parameter.requires_grad_(True)
     _supervise(model, splits, recipe, recipe.diffuse_steps, recipe.diffuse_learning_rate, recipe.known_share, report)
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)
+    model.requires_grad_(True)
+    unsure = [parameter.detach().clone() for parameter in outputs]
+
+    low, high = 0.0, 1.0  # share of the unsure output; more of it makes right answers rarer
+    for _ in range(recipe.num_halvings):
+        share = (low + high) / 2
+        for parameter, sure, vague in zip(outputs, known, unsure, strict=True):
+            parameter.data = torch.lerp(sure, vague, share)
+        sampled = sum(pass_at_1(model, part.train[:512], 1.0, recipe.seed) for part in splits) / len(splits)
+        low, high = (share, high) if sampled > recipe.diffuse_pass_at_1 else (low, share)
+    report(f"{share:.3f} of the diffuse output layer gives sampled pass@1 {sampled:.3f} on training questions")
 
 
 def _supervise(

@@ -42,7 +42,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "answer": ["whole_text"],
         },
         "rollout": {"max_new_tokens": 8},
-        "trainer": {"learning_rate": 3e-4},
+        "trainer": {"learning_rate": 2e-4},
     },
     SMOLLM2: {**FALLBACK, "tasks": {**FALLBACK["tasks"], "answer": ["last_number"]}},
 }
