@@ -125,14 +125,14 @@ class Slots:
     ) -> list[tuple[Running, Literal["stop", "length"]]]:
         """Write one token to each of some slots; return those that have finished. tokens, logprobs: [len(rows)]."""
         columns = self._columns
-        position = columns["generated"][rows]
+        generated = columns["generated"][rows] + 1
         index = torch.arange(self._num_slots, device=self.device)[rows]
-        columns["tokens"][index, position] = tokens
-        columns["logprobs"][index, position] = logprobs
+        columns["tokens"][index, generated - 1] = tokens
+        columns["logprobs"][index, generated - 1] = logprobs
         columns["last_tokens"][rows] = tokens
-        columns["generated"][rows] = position + 1
+        columns["generated"][rows] = generated
         stopped = torch.isin(tokens, self._eos) & columns["heeds_eos"][rows]
-        full = position + 1 >= columns["budget"][rows]
+        full = generated >= columns["budget"][rows]
         if not bool((stopped | full).any()):
             return []
         ended = (stopped | full).nonzero().flatten()
