@@ -1,3 +1,4 @@
+import asyncio
 import json
 import re
 
@@ -62,7 +63,6 @@ def test_a_run_that_was_stopped_and_goes_on_equals_one_that_was_not(harness, int
     whole = harness("whole")
     whole.run()
     parts = harness("parts").settings(checkpoint={"interval_s": interval_s})
-    import asyncio
 
     for round_index in (1, 2, 5, 6, 12):
         asyncio.run(stop_in(round_index, parts).run())
@@ -168,3 +168,31 @@ def test_a_finished_run_that_is_resumed_does_nothing_and_more_rounds_go_on(harne
     more = harness().settings(rounds=14)
     more.run()
     assert more.display.rounds == [13, 14]
+
+
+def test_stopped_in_the_evaluation_after_an_update_the_unrecorded_update_is_in_no_checkpoint(harness):
+    whole, run = harness("whole"), harness("run")
+    whole.run()
+    node = run.node()
+    build = node._build_parts
+
+    def build_interrupted(config, stopping):
+        parts = build(config, stopping)
+        generate = parts.engine.generate
+
+        def generate_until_round_8(requests):
+            if parts.trainer.policy_version >= 6 and node.recorder.last_round == 7:
+                node.stop()
+                raise Interrupted
+            return generate(requests)
+
+        parts.engine.generate = generate_until_round_8
+        return parts
+
+    node._build_parts = build_interrupted
+    asyncio.run(node.run())
+    assert node.recorder.last_round == 7
+    again = harness("run")
+    again.run()
+    assert again.display.notes == ["resumed after 7"]
+    assert torch.equal(again.trainer.weight, whole.trainer.weight)
