@@ -79,8 +79,9 @@ class Engine(ABC):
     def submit(self, requests: Sequence[Request]) -> None:
         """Queue requests.
 
-        Raises ValueError for a request id that is in use, an empty prompt, a partial completion that has
-        already finished, or a prompt and budget that do not fit the engine's sequence length.
+        Raises ValueError, and queues nothing, for a request id that is in use, an empty prompt, a token outside
+        the vocabulary, a seed of more than 64 bits, a partial completion that has already finished, or a prompt
+        and budget that do not fit the engine's sequence length.
         """
 
     @abstractmethod
@@ -96,6 +97,7 @@ class Engine(ABC):
         """Take new weights, in the names of the model's `state_dict`, between two steps.
 
         Requests in flight go on under the new weights; no attention state of the old weights is used.
+        Raises ValueError, and keeps the old weights, where one is missing or has another shape.
         """
 
     @abstractmethod

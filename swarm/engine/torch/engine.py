@@ -31,17 +31,32 @@ class TorchEngine(Engine):
     """Samples from a transformers causal LM. Keeps its own copy of the weights of `model`."""
 
     def __init__(
-        self, model: Any, *, eos_token_ids: Collection[int], config: EngineConfig, max_seq_len: int = 0
+        self,
+        model: Any,
+        *,
+        eos_token_ids: Collection[int],
+        config: EngineConfig,
+        max_seq_len: int = 0,
+        runner: type[ModelRunner] | None = None,
     ) -> None:
-        """max_seq_len: prompt and completion, in tokens; 0 takes the config's, or the model's limit."""
-        limit = model.config.get_text_config().max_position_embeddings
+        """max_seq_len: prompt and completion, in tokens; 0 takes the config's, or the model's limit.
+
+        runner: what runs the model; None takes the first that supports it.
+        """
+        kinds = (NativeRunner, LlamaRunner, GenericRunner) if runner is None else (runner,)
+        kind = next((kind for kind in kinds if kind.supports(model)), None)
+        if kind is None:
+            raise ValueError(f"the chosen runner cannot run {type(model).__name__}")
+        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         capacity = max_seq_len or config.max_seq_len or limit
-        self.max_seq_len = min(capacity, limit)
-        runner = next(kind for kind in (NativeRunner, LlamaRunner, GenericRunner) if kind.supports(model))
+        if capacity is None:
+            raise ValueError(f"{type(model).__name__} names no limit of its own: max_seq_len must be given")
+        self.max_seq_len = min(capacity, limit or capacity)
         with torch.inference_mode():
-            self._runner: ModelRunner = runner(model, config.max_slots, self.max_seq_len)
+            self._runner: ModelRunner = kind(model, config.max_slots, self.max_seq_len)
             self._slots = Slots(config.max_slots, self.max_seq_len, sorted(eos_token_ids), self._runner.device)
         self._waiting: deque[Running] = deque()
+        self._shapes = _shapes(model.state_dict())
         self._version = 0
         self.stats = EngineStats()
 
@@ -63,20 +78,31 @@ class TorchEngine(Engine):
             if request.request_id in held:
                 raise ValueError(f"request {request.request_id} is already in the engine")
             held.add(request.request_id)
-            if not request.prompt_ids:
-                raise ValueError(f"request {request.request_id} has an empty prompt")
-            need = len(request.prompt_ids) + request.sampling.max_new_tokens
-            if need > self.max_seq_len:
-                raise ValueError(
-                    f"request {request.request_id} needs {need} tokens, engine.max_seq_len is {self.max_seq_len}"
-                )
-            partial = request.partial
-            if partial is not None and (
-                partial.finish_reason != "aborted" or len(partial.token_ids) >= request.sampling.max_new_tokens
-            ):
-                raise ValueError(f"request {request.request_id} resumes a completion that has already finished")
+            self._check(request)
             fresh.append(Running.of(request))
         self._waiting.extend(fresh)
+
+    def _check(self, request: Request) -> None:
+        """Raise ValueError for a request that cannot be run. The runners rely on it: they check nothing."""
+        name, partial = f"request {request.request_id}", request.partial
+        if not request.prompt_ids:
+            raise ValueError(f"{name} has an empty prompt")
+        if request.seed >> 64:
+            raise ValueError(f"{name} has seed {request.seed}, which is not an unsigned 64-bit number")
+        need = len(request.prompt_ids) + request.sampling.max_new_tokens
+        if need > self.max_seq_len:
+            raise ValueError(f"{name} needs {need} tokens, engine.max_seq_len is {self.max_seq_len}")
+        token_ids = request.prompt_ids + (partial.token_ids if partial else ())
+        if min(token_ids) < 0 or max(token_ids) >= self._runner.vocab_size:
+            raise ValueError(f"{name} holds a token outside the vocabulary of {self._runner.vocab_size}")
+        if partial is None:
+            return
+        if partial.finish_reason != "aborted" or len(partial.token_ids) >= request.sampling.max_new_tokens:
+            raise ValueError(f"{name} resumes a completion that has already finished")
+        if len(partial.logprobs) != len(partial.token_ids):
+            raise ValueError(
+                f"{name} resumes {len(partial.token_ids)} tokens with {len(partial.logprobs)} log-probabilities"
+            )
 
     @torch.inference_mode()
     def step(self) -> list[Completion]:
@@ -122,7 +148,7 @@ class TorchEngine(Engine):
         slots = self._slots
         rows = slots.rows(where)
         tokens, logprobs = sample(
-            logits, slots.seeds[rows], slots.generated[rows], slots.temperature[rows], *slots.truncation(rows)
+            logits, slots.seeds[rows], slots.generated[rows], slots.temperatures(rows), *slots.truncation(rows)
         )
         self.stats.num_tokens_generated += len(where)
         finished = slots.append(rows, tokens, logprobs)
@@ -154,7 +180,14 @@ class TorchEngine(Engine):
 
     @torch.inference_mode()
     def load_policy(self, state: Mapping[str, torch.Tensor], version: int) -> None:
-        """Take new weights; see Engine. Running requests are prefilled again under them."""
+        """Take new weights; see Engine. Running requests are prefilled again under them.
+
+        Raises ValueError where a weight is missing or has another shape; the old weights then stay.
+        """
+        given = _shapes(state)
+        for name, shape in self._shapes.items():
+            if given.get(name) != shape:
+                raise ValueError(f"the policy's {name} should have shape {shape}, not {given.get(name)}")
         interrupted = []
         for running in list(self._slots):
             interrupted.append(running.resumed(self._slots.completion(running, "aborted")))
@@ -165,6 +198,12 @@ class TorchEngine(Engine):
         self.stats.num_policy_loads += 1
 
     def close(self) -> None:
-        """Drop the weights and the cache; the engine cannot be used afterwards."""
+        """Drop the requests, the weights and the cache; the engine cannot be used afterwards."""
         self._waiting.clear()
-        del self._runner, self._slots
+        self.__dict__.pop("_runner", None)
+        self.__dict__.pop("_slots", None)
+
+
+def _shapes(state: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every weight by its name."""
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}

@@ -1,11 +1,15 @@
 """The runner for any transformers causal LM whose attention function can be exchanged.
 
-It drives the model's own forward pass and puts two things in its place: the KV cache, which becomes slots
-allocated once, and the attention function, which becomes the decode and prefill attention of this
-engine. Linear layers are packed where that pays. Everything else is the model's own code.
+It drives the model's own forward pass, head and all, and puts two things in its place: the KV cache, which
+becomes slots allocated once, and the attention function, which becomes the decode and prefill attention of
+this engine. Linear layers are packed where that pays. Everything else is the model's own code.
+
+Some models keep state or positions where this cannot reach. So a runner compares itself with the untouched
+model once, when it is made, and refuses the model if they differ.
 """
 
 import copy
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,6 +26,10 @@ from swarm.errors import ModelError
 __all__ = ["GenericRunner"]
 
 _NAME = "swarm_slots"
+_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
+_CHECKED_TOKENS = 12  # compared with the untouched model when a runner is made
+_TOLERANCE = {torch.float32: 1e-3}  # of the mean absolute logit
+_TOLERANCE_HALF = 0.1  # the same for narrower dtypes
 
 
 class _Pass:
@@ -148,14 +156,21 @@ class GenericRunner(ModelRunner):
     @staticmethod
     def supports(model: Any) -> bool:
         """Whether the model lets its attention be exchanged. Raises ModelError where not: it is the last resort."""
+        name, config = type(model).__name__, model.config.get_text_config()
         if not getattr(model, "_supports_attention_backend", False):
-            name = type(model).__name__
             raise ModelError(f"{name} does not let its attention be exchanged; choose another --model")
+        other = sorted(set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES)
+        if other:
+            raise ModelError(f"the torch engine has no {other[0]}, which {name} needs; choose another --model")
         return True
 
     def __init__(self, model: Any, num_slots: int, capacity: int) -> None:
         self.device, self.vocab_size = model.device, model.config.get_text_config().vocab_size
         self._model = copy.deepcopy(model).eval()
+        takes = inspect.signature(self._model.forward).parameters
+        self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+        tokens = [7 * index % self.vocab_size for index in range(min(_CHECKED_TOKENS, capacity))]
+        expected = self._model(torch.tensor([tokens], device=self.device)).logits[0, -2:]
         self._model.set_attn_implementation(_NAME)
         self._cache = _SlotCache(num_slots, capacity)
         self._packed: dict[str, _PackedModule] = {}
@@ -164,20 +179,31 @@ class GenericRunner(ModelRunner):
                 if isinstance(module, nn.Linear):
                     self._packed[name] = _PackedModule(module)
                     self._model.set_submodule(name, self._packed[name])
+        if len(tokens) > 1:
+            self._compare(tokens, expected)
+
+    def _compare(self, tokens: list[int], expected: torch.Tensor) -> None:
+        """Raise ModelError unless prefill and decode give the logits of the untouched model. expected: [2, vocab]."""
+        first = self.prefill([tokens[:-1]], [0])
+        last = self.decode(torch.tensor(tokens[-1:], device=self.device), [len(tokens) - 1])
+        error = (torch.cat([first, last]).float() - expected.float()).abs().mean()
+        if not error <= _TOLERANCE.get(expected.dtype, _TOLERANCE_HALF) * expected.float().abs().mean():
+            name = type(self._model).__name__
+            raise ModelError(f"the torch engine does not compute what {name} computes; choose another --model")
 
     def _forward(self, tokens: torch.Tensor, positions: torch.Tensor, current: _Pass) -> torch.Tensor:
-        """tokens, positions: [batch, num_new]. returns: hidden states [batch, num_new, hidden]."""
+        """tokens, positions: [batch, num_new]. returns: the logits after the last token, [batch, vocab]."""
         self._cache.current = current
         _cache_of_pass.append(self._cache)
         try:
-            out = self._model.model(
-                input_ids=tokens, position_ids=positions, past_key_values=self._cache, use_cache=True
+            out = self._model(
+                input_ids=tokens, position_ids=positions, past_key_values=self._cache, use_cache=True, **self._last_only
             )
         finally:
             _cache_of_pass.pop()
             self._cache.current = None
-        hidden: torch.Tensor = out.last_hidden_state
-        return hidden
+        logits: torch.Tensor = out.logits[:, -1]
+        return logits
 
     def prefill(self, sequences: Sequence[Sequence[int]], slots: Sequence[int]) -> torch.Tensor:
         """Fill slots one by one; see ModelRunner."""
@@ -186,18 +212,17 @@ class GenericRunner(ModelRunner):
             tokens = torch.tensor([list(sequence)], device=self.device)
             positions = torch.arange(len(sequence), device=self.device)[None]
             current = _Pass([slot], [len(sequence)], decoding=False)
-            last.append(self._forward(tokens, positions, current)[0, -1])
-        return torch.stack(last)
+            last.append(self._forward(tokens, positions, current))
+        return torch.cat(last)
 
     def decode(self, tokens: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
         """Append one token to each slot; see ModelRunner."""
         positions = torch.tensor(lengths, device=self.device)[:, None]
-        return self._forward(tokens[:, None], positions, _Pass(range(len(lengths)), lengths, decoding=True))[:, 0]
+        return self._forward(tokens[:, None], positions, _Pass(range(len(lengths)), lengths, decoding=True))
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Apply the language model head; see ModelRunner."""
-        out: torch.Tensor = self._model.get_output_embeddings()(hidden)
-        return out
+        """The model's own forward pass has applied its head; see ModelRunner."""
+        return hidden
 
     def copy_prefix(self, source: int, targets: Sequence[int], length: int) -> None:
         """Copy the start of one slot to others; see ModelRunner."""
@@ -215,5 +240,5 @@ class GenericRunner(ModelRunner):
             weight = state.get(f"{name}.weight")
             if weight is None:  # a head that is tied to the embedding
                 weight = self._model.get_input_embeddings().weight
-            dtype = weight.dtype if not own else next(iter(own.values())).dtype
-            module.packed.load(weight.detach().to(dtype), None if bias is None else bias.detach().to(dtype))
+            weight = weight.detach().to(self._model.dtype)
+            module.packed.load(weight, None if bias is None else bias.detach().to(weight.dtype))

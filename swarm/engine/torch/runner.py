@@ -10,6 +10,7 @@ engine keeps them dense by `move`. Nothing is reallocated per step.
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -23,15 +24,24 @@ class ModelRunner(ABC):
     vocab_size: int
 
     @abstractmethod
+    def __init__(self, model: Any, num_slots: int, capacity: int) -> None:
+        """model: a transformers causal LM; its weights are copied. capacity: positions of one slot."""
+
+    @staticmethod
+    @abstractmethod
+    def supports(model: Any) -> bool:
+        """Whether this runner computes the model exactly."""
+
+    @abstractmethod
     def prefill(self, sequences: Sequence[Sequence[int]], slots: Sequence[int]) -> torch.Tensor:
         """Fill each slot with a whole sequence from position 0.
 
-        returns: [num_sequences, hidden], the hidden state after each sequence's last token, for `logits`.
+        returns: [num_sequences, hidden], the state after each sequence's last token, for `logits`.
         """
 
     @abstractmethod
     def decode(self, tokens: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
-        """Append one token to each of the slots 0 to n - 1 and return the hidden state after it.
+        """Append one token to each of the slots 0 to n - 1 and return the state after it, for `logits`.
 
         tokens: int64 [n]. lengths: tokens that each slot holds before this one. returns: [n, hidden].
         """

@@ -66,7 +66,7 @@ class Slots:
             "logprobs": torch.zeros(num_slots, max_seq_len, dtype=torch.float32, device=device),
         }
         self.last_tokens, self.seeds = self._columns["last_tokens"], self._columns["seeds"]
-        self.generated, self.temperature = self._columns["generated"], self._columns["temperature"]
+        self.generated = self._columns["generated"]
         self._eos = torch.tensor(list(eos_token_ids), dtype=torch.int64, device=device)
 
     def __len__(self) -> int:
@@ -111,6 +111,10 @@ class Slots:
         if isinstance(where, range):
             return slice(where.start, where.stop)
         return torch.tensor(where, device=self.device)
+
+    def temperatures(self, rows: slice | torch.Tensor) -> torch.Tensor:
+        """Return the temperatures of some slots, on the CPU."""
+        return self._columns["temperature"][rows if isinstance(rows, slice) else rows.cpu()]
 
     def truncation(self, rows: slice | torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Return top-k and top-p of some slots, or None twice where all have them off."""
