@@ -13,6 +13,7 @@ import math
 
 import torch
 
+from swarm.engine.torch.native import kernels
 from swarm.engine.torch.noise import gumbel
 
 __all__ = ["block_size", "sample"]
@@ -36,6 +37,12 @@ def _keep_top(logits: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor) ->
     outside = (mass.cumsum(-1) - mass >= top_p[:, None]) & (top_p < 1)[:, None]  # the first token always stays
     ordered = ordered.masked_fill(outside, -math.inf)
     return torch.empty_like(logits).scatter_(-1, order, ordered)
+
+
+def _block_mass(blocks: torch.Tensor) -> torch.Tensor:
+    """Return the log-sum-exp of every block. blocks: float32 [num_rows, num_blocks, width]."""
+    library = kernels() if blocks.device.type == "cpu" and blocks.shape[-1] % 16 == 0 else None
+    return blocks.logsumexp(-1) if library is None else library.block_mass(blocks.flatten(1), blocks.shape[-1])
 
 
 def sample(
@@ -66,7 +73,7 @@ def sample(
         scaled = torch.nn.functional.pad(scaled, (0, width - vocab % width), value=-math.inf)
     blocks = scaled.view(num_rows, -1, width)  # [num_rows, num_blocks, width]
     num_blocks = blocks.shape[1]
-    block_mass = blocks.logsumexp(-1)  # [num_rows, num_blocks]
+    block_mass = _block_mass(blocks)  # [num_rows, num_blocks]
     total = block_mass.logsumexp(-1, keepdim=True)  # [num_rows, 1]
     if bool(greedy.all()):
         tokens = scaled.argmax(-1)

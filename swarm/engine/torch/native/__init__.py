@@ -8,7 +8,7 @@ import importlib.util
 from functools import cache
 from pathlib import Path
 
-import torch  # noqa: F401 - loads the OpenMP runtime whose threads the kernels use
+import torch
 
 __all__ = ["INSTRUCTION_SETS", "Kernels", "kernels"]
 
@@ -27,6 +27,20 @@ class Kernels:
         self.forward.argtypes, self.forward.restype = [pointer, i32, pointer, pointer, pointer, i32, pointer], None
         self.logits = library.swarm_logits
         self.logits.argtypes, self.logits.restype = [pointer, i32, pointer, i32, pointer], None
+        self._block_mass = library.swarm_block_mass
+        self._block_mass.argtypes, self._block_mass.restype = [i32, i32, pointer, i32, i32, i32, pointer], None
+
+    def block_mass(self, logits: torch.Tensor, width: int) -> torch.Tensor:
+        """Return the log-sum-exp of each block of `width` logits, a multiple of 16 that divides the vocabulary.
+
+        logits: float32 [num_rows, vocab], contiguous. returns: [num_rows, vocab / width].
+        """
+        num_rows, vocab = logits.shape
+        out = torch.empty(num_rows, vocab // width)
+        self._block_mass(
+            torch.get_num_threads(), self.instruction_set, logits.data_ptr(), num_rows, vocab, width, out.data_ptr()
+        )
+        return out
 
 
 @cache

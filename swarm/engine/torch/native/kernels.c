@@ -16,6 +16,7 @@
 #include <stdint.h>
 
 #define MAX_HEAD_DIM 256
+#define MAX_GROUP 4 /* query heads that one pass over the keys serves */
 
 typedef float v16f __attribute__((vector_size(64)));
 typedef uint32_t v16u __attribute__((vector_size(64)));
@@ -37,7 +38,7 @@ typedef struct {
     const float *final_norm, *cosine, *sine;        /* [hidden]; [capacity, head_dim / 2] */
     const layer_t *layers;
     void *keys, *values;                            /* [num_layers][num_slots][num_kv_heads][capacity][head_dim] */
-    float *residual, *qkv, *scores;                 /* scratch: [rows, hidden]; [rows, heads, head_dim]; [threads, capacity + 16] */
+    float *residual, *qkv, *scores;                 /* scratch: [rows, hidden]; [rows, heads, head_dim]; [threads, 4, capacity + 16] */
     void *input, *attended, *activation;            /* scratch in the weights' dtype: [rows, widest] */
 } model_t;
 
@@ -111,7 +112,17 @@ void swarm_logits(const model_t *m, int32_t isa, const float *hidden, int32_t n,
     }
 }
 
-int32_t swarm_num_threads(void) { return omp_get_max_threads(); }
+/* logits: [n, vocab]. width: a multiple of 16 that divides vocab. out: [n, vocab / width]. */
+void swarm_block_mass(int32_t num_threads, int32_t isa, const float *logits, int32_t n, int32_t vocab, int32_t width, float *out) {
+    switch (isa) {
+#ifdef MULTIVERSION
+    case 3: block_mass_avx512bf16(num_threads, logits, n, vocab, width, out); return;
+    case 2: block_mass_avx512(num_threads, logits, n, vocab, width, out); return;
+    case 1: block_mass_avx2(num_threads, logits, n, vocab, width, out); return;
+#endif
+    default: block_mass_base(num_threads, logits, n, vocab, width, out);
+    }
+}
 
 static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_kernels", "CPU kernels, called through ctypes.", -1, NULL, NULL, NULL, NULL, NULL};
 

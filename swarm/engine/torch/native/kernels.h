@@ -231,11 +231,10 @@ static void FN(store)(const model_t *m, const layer_t *layer, float *qkv, char *
             size_t at = base + (positions[r] / 16) * 16 * width + positions[r] % 16;
             size_t to = base + positions[r] * width;
             if (m->is_bf16) {
-                for (int d = 0; d < width; d++) {
-                    v16f pair = {key[d], value[d]};
-                    v16u16 half = FN(to_bf16)(pair);
-                    ((uint16_t *)keys)[at + (size_t)d * 16] = half[0];
-                    ((uint16_t *)values)[to + d] = half[1];
+                for (int d = 0; d < width; d += 16) {
+                    v16u16 half = FN(to_bf16)(FN(load_f32)(key + d)), whole = FN(to_bf16)(FN(load_f32)(value + d));
+                    for (int i = 0; i < 16; i++) ((uint16_t *)keys)[at + (size_t)(d + i) * 16] = half[i];
+                    __builtin_memcpy((uint16_t *)values + to + d, &whole, 32);
                 }
             } else {
                 for (int d = 0; d < width; d++) ((float *)keys)[at + (size_t)d * 16] = key[d];
@@ -245,63 +244,95 @@ static void FN(store)(const model_t *m, const layer_t *layer, float *qkv, char *
     }
 }
 
-/* One query head over `length` positions. scores: scratch of length rounded up to 16. out: [head_dim]. */
-INLINE void FN(attend_head)(const int is_bf16, const int width, const float *query, const void *keys, const void *values,
-                            int length, float *scores, float *out) {
-    v16f most = ALL(-INFINITY);
+/* `group` query heads that share one KV head, over `length` positions: keys and values are read once for all of them.
+ * queries, out: [group, head_dim]. scores: scratch [group, stride]. */
+INLINE void FN(attend_group)(const int is_bf16, const int group, const int width, const float *queries, const void *keys,
+                             const void *values, int length, float *scores, size_t stride, float *out) {
     const int num_blocks = (length + 15) / 16;
+    v16f most[MAX_GROUP];
+    for (int g = 0; g < group; g++) most[g] = ALL(-INFINITY);
     for (int b = 0; b < num_blocks; b++) {
-        v16f acc = {0};
+        v16f acc[MAX_GROUP];
+#pragma GCC unroll 4
+        for (int g = 0; g < group; g++) acc[g] = ALL(0.0f);
         for (int d = 0; d < width; d++) {
             size_t at = ((size_t)b * width + d) * 16;
-            acc += (is_bf16 ? FN(load_bf16)((const uint16_t *)keys + at) : FN(load_f32)((const float *)keys + at)) * query[d];
+            v16f key = is_bf16 ? FN(load_bf16)((const uint16_t *)keys + at) : FN(load_f32)((const float *)keys + at);
+#pragma GCC unroll 4
+            for (int g = 0; g < group; g++) acc[g] += key * queries[g * width + d];
         }
-        if (b == num_blocks - 1)
-            for (int i = length - b * 16; i < 16; i++) acc[i] = -INFINITY;
-        most = SELECT(acc > most, acc, most);
-        FN(store_f32)(scores + b * 16, acc);
+        for (int g = 0; g < group; g++) {
+            if (b == num_blocks - 1)
+                for (int i = length - b * 16; i < 16; i++) acc[g][i] = -INFINITY;
+            most[g] = SELECT(acc[g] > most[g], acc[g], most[g]);
+            FN(store_f32)(scores + g * stride + b * 16, acc[g]);
+        }
     }
-    float top = most[0];
-    for (int i = 1; i < 16; i++) top = most[i] > top ? most[i] : top;
-    v16f mass = {0};
-    for (int b = 0; b < num_blocks; b++) {
-        v16f e = FN(exp)(FN(load_f32)(scores + b * 16) - top);
-        mass += e;
-        FN(store_f32)(scores + b * 16, e);
+    float inverse[MAX_GROUP];
+    for (int g = 0; g < group; g++) {
+        float top = most[g][0];
+        for (int i = 1; i < 16; i++) top = most[g][i] > top ? most[g][i] : top;
+        v16f mass = {0};
+        for (int b = 0; b < num_blocks; b++) {
+            v16f e = FN(exp)(FN(load_f32)(scores + g * stride + b * 16) - top);
+            mass += e;
+            FN(store_f32)(scores + g * stride + b * 16, e);
+        }
+        inverse[g] = 1.0f / FN(sum)(mass);
     }
-    const float inverse = 1.0f / FN(sum)(mass);
     for (int at = 0; at < width; at += 64) {
-        const int lanes = width - at < 64 ? width - at : 64;
-        v16f acc[4] = {{0}, {0}, {0}, {0}};
-        for (int p = 0; p < length; p++)
-            for (int i = 0; i < lanes / 16; i++) {
-                size_t from = (size_t)p * width + at + i * 16;
-                acc[i] += (is_bf16 ? FN(load_bf16)((const uint16_t *)values + from) : FN(load_f32)((const float *)values + from)) * scores[p];
-            }
-        for (int i = 0; i < lanes / 16; i++) FN(store_f32)(out + at + i * 16, acc[i] * inverse);
+        const int parts = width - at < 64 ? (width - at) / 16 : 4;
+        v16f acc[MAX_GROUP][4];
+#pragma GCC unroll 4
+        for (int g = 0; g < group; g++)
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; i++) acc[g][i] = ALL(0.0f);
+        for (int p = 0; p < length; p++) {
+            size_t from = (size_t)p * width + at;
+            v16f value[4];
+#pragma GCC unroll 4
+            for (int i = 0; i < parts; i++)
+                value[i] = is_bf16 ? FN(load_bf16)((const uint16_t *)values + from + i * 16) : FN(load_f32)((const float *)values + from + i * 16);
+#pragma GCC unroll 4
+            for (int g = 0; g < group; g++)
+#pragma GCC unroll 4
+                for (int i = 0; i < parts; i++) acc[g][i] += value[i] * scores[g * stride + p];
+        }
+        for (int g = 0; g < group; g++)
+            for (int i = 0; i < parts; i++) FN(store_f32)(out + g * width + at + i * 16, acc[g][i] * inverse[g]);
     }
 }
 
-/* Attention of all rows; work is dealt out by (row, kv head), whose query heads share what they read. */
+#define GROUP(SIZE) \
+    case SIZE: \
+        if (width == 64) FN(attend_group)(is_bf16, SIZE, 64, queries, keys, values, length, scores, stride, out); \
+        else FN(attend_group)(is_bf16, SIZE, width, queries, keys, values, length, scores, stride, out); \
+        break;
+
+INLINE void FN(attend_heads)(const int is_bf16, int group, int width, const float *queries, const void *keys, const void *values,
+                             int length, float *scores, size_t stride, float *out) {
+    switch (group) { GROUP(1) GROUP(2) GROUP(3) GROUP(4) }
+}
+
+/* Attention of all rows; work is dealt out by (row, kv head). */
 static void FN(attend)(const model_t *m, const float *qkv, const char *keys, const char *values, const int64_t *slots,
                        const int64_t *positions, void *out, float *scratch, int n) {
     const int width = m->head_dim, heads = m->num_heads, kv_heads = m->num_kv_heads, group = heads / kv_heads;
     const int bytes = m->is_bf16 ? 2 : 4, total = heads + 2 * kv_heads;
-    float *scores = scratch + (size_t)omp_get_thread_num() * (m->capacity + 16);
-#pragma omp for schedule(dynamic, 4)
+    const size_t stride = (size_t)m->capacity + 16;
+    float *scores = scratch + (size_t)omp_get_thread_num() * MAX_GROUP * stride;
+#pragma omp for schedule(dynamic, 1)
     for (int task = 0; task < n * kv_heads; task++) {
-        const int r = task / kv_heads, h = task % kv_heads;
+        const int r = task / kv_heads, h = task % kv_heads, length = (int)positions[r] + 1;
         const size_t base = ((size_t)slots[r] * kv_heads + h) * m->capacity * width * bytes;
-        for (int g = 0; g < group; g++) {
-            const int head = h * group + g;
-            const float *query = qkv + ((size_t)r * total + head) * width;
-            float result[MAX_HEAD_DIM];
-            const int length = (int)positions[r] + 1;
-            if (m->is_bf16 && width == 64) FN(attend_head)(1, 64, query, keys + base, values + base, length, scores, result);
-            else if (m->is_bf16) FN(attend_head)(1, width, query, keys + base, values + base, length, scores, result);
-            else FN(attend_head)(0, width, query, keys + base, values + base, length, scores, result);
+        for (int first = 0; first < group; first += MAX_GROUP) {
+            const int size = group - first < MAX_GROUP ? group - first : MAX_GROUP, head = h * group + first;
+            const float *queries = qkv + ((size_t)r * total + head) * width;
+            float result[MAX_GROUP * MAX_HEAD_DIM];
+            if (m->is_bf16) FN(attend_heads)(1, size, width, queries, keys + base, values + base, length, scores, stride, result);
+            else FN(attend_heads)(0, size, width, queries, keys + base, values + base, length, scores, stride, result);
             char *row = (char *)out + (size_t)r * heads * width * bytes;
-            for (int i = 0; i < width; i += 16) FN(put)(m, row, head * width + i, FN(load_f32)(result + i));
+            for (int i = 0; i < size * width; i += 16) FN(put)(m, row, head * width + i, FN(load_f32)(result + i));
         }
     }
 }
@@ -354,8 +385,28 @@ static void FN(logits)(const model_t *m, const float *hidden, int n, float *out)
     }
 }
 
+/* For each block of `width` logits: log of the sum of exponentials. logits: [n, vocab]; out: [n, vocab / width]. */
+static void FN(block_mass)(int num_threads, const float *logits, int n, int vocab, int width, float *out) {
+    const int num_blocks = vocab / width;
+#pragma omp parallel for schedule(static) num_threads(num_threads)
+    for (int i = 0; i < n * num_blocks; i++) {
+        const float *block = logits + (size_t)(i / num_blocks) * vocab + (size_t)(i % num_blocks) * width;
+        v16f most = FN(load_f32)(block);
+        for (int at = 16; at < width; at += 16) {
+            v16f v = FN(load_f32)(block + at);
+            most = SELECT(v > most, v, most);
+        }
+        float top = most[0];
+        for (int k = 1; k < 16; k++) top = most[k] > top ? most[k] : top;
+        v16f mass = {0};
+        for (int at = 0; at < width; at += 16) mass += FN(exp)(FN(load_f32)(block + at) - top);
+        out[i] = top == -INFINITY ? top : top + logf(FN(sum)(mass));
+    }
+}
+
 #undef SELECT
 #undef ALL
+#undef GROUP
 #undef TILE_ROWS
 #undef INLINE
 #undef FN

@@ -19,6 +19,13 @@ __all__ = ["NativeRunner"]
 _MAX_ROWS = 512  # tokens of one call; bounds the scratch memory
 _LANES = 16
 _MAX_HEAD_DIM = 256
+_MAX_GROUP = 4  # as in kernels.c
+
+
+_POINTERS = (
+    "embedding", "head", "final_norm", "cosine", "sine",
+    "keys", "values", "residual", "qkv", "scores", "input", "attended", "activation",
+)  # fmt: skip
 
 
 class _Layer(ctypes.Structure):
@@ -38,11 +45,9 @@ class _Model(ctypes.Structure):
             "num_slots", "capacity", "num_threads",
         )),
         ("epsilon", ctypes.c_float),
-        *((name, ctypes.c_void_p) for name in ("embedding", "head", "final_norm", "cosine", "sine")),
+        *((name, ctypes.c_void_p) for name in _POINTERS[:5]),
         ("layers", ctypes.POINTER(_Layer)),
-        *((name, ctypes.c_void_p) for name in (
-            "keys", "values", "residual", "qkv", "scores", "input", "attended", "activation",
-        )),
+        *((name, ctypes.c_void_p) for name in _POINTERS[5:]),
     ]  # fmt: skip
 
 
@@ -88,7 +93,7 @@ class NativeRunner(ModelRunner):
             "sine": sine.contiguous(),
             "residual": torch.zeros(rows, shape.hidden),
             "qkv": torch.zeros(rows, total_heads * shape.head_dim),
-            "scores": torch.zeros(num_threads, capacity + _LANES),
+            "scores": torch.zeros(num_threads, _MAX_GROUP, capacity + _LANES),
             "input": torch.zeros(max(rows, num_slots), widest, dtype=self.dtype),
             "attended": torch.zeros(rows, shape.num_heads * shape.head_dim, dtype=self.dtype),
             "activation": torch.zeros(rows, shape.intermediate, dtype=self.dtype),
@@ -110,6 +115,8 @@ class NativeRunner(ModelRunner):
         if model.device.type != "cpu" or model.dtype not in (torch.float32, torch.bfloat16):
             return False
         if kernels() is None or not LlamaRunner.supports(model):
+            return False
+        if getattr(model.config, "mlp_bias", False):
             return False
         shape = LlamaShape.of(model)
         widths = (shape.hidden, shape.head_dim, shape.intermediate)
@@ -163,9 +170,8 @@ class NativeRunner(ModelRunner):
         final_norm = vector("model.norm.weight")
         assert final_norm is not None
         keep["final_norm"] = final_norm
-        for name, kind in _Model._fields_:
-            if kind is ctypes.c_void_p:
-                setattr(self._model, name, keep[name].data_ptr())
+        for name in _POINTERS:
+            setattr(self._model, name, keep[name].data_ptr())
 
     def _forward(self, tokens: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """All arguments: int64 [num_tokens]. returns: float32 [num_tokens, hidden]."""
