@@ -33,8 +33,9 @@ class Kernels:
     def block_mass(self, logits: torch.Tensor, width: int) -> torch.Tensor:
         """Return the log-sum-exp of each block of `width` logits, a multiple of 16 that divides the vocabulary.
 
-        logits: float32 [num_rows, vocab], contiguous. returns: [num_rows, vocab / width].
+        logits: float32 [num_rows, vocab]. returns: [num_rows, vocab / width].
         """
+        logits = logits.contiguous()  # an expanded row is read as if it were many
         num_rows, vocab = logits.shape
         out = torch.empty(num_rows, vocab // width)
         self._block_mass(
