@@ -1,0 +1,221 @@
+"""The compiled kernels against the model's own forward pass, for every instruction set that this CPU has."""
+
+import os
+import shutil
+from functools import cache
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+
+from swarm.engine.torch.llama import LlamaRunner
+from swarm.engine.torch.native import INSTRUCTION_SETS, kernels
+from swarm.engine.torch.native.runner import NativeRunner
+
+NUM_SETS = kernels().instruction_set + 1 if kernels() else 0
+needs_kernels = pytest.mark.skipif(not NUM_SETS, reason="the decode kernels were not compiled on this machine")
+ENDS = {"max_position_embeddings": 1024, "num_hidden_layers": 2, "bos_token_id": None, "eos_token_id": None}
+SHAPES = {
+    # every width has tails: of 32 outputs, of 64 lanes of a head, of 16 positions, of the heads that share keys
+    "plain": lambda: LlamaConfig(
+        vocab_size=203, hidden_size=64, intermediate_size=112, num_attention_heads=4, num_key_value_heads=2, **ENDS
+    ),
+    "one key head": lambda: LlamaConfig(
+        vocab_size=17, hidden_size=80, intermediate_size=48, num_attention_heads=5, num_key_value_heads=1, **ENDS
+    ),
+    "bias": lambda: Qwen2Config(
+        vocab_size=96, hidden_size=112, intermediate_size=16, num_attention_heads=7, num_key_value_heads=1,
+        tie_word_embeddings=True, **ENDS,
+    ),
+    "all biases": lambda: LlamaConfig(
+        vocab_size=100, hidden_size=48, intermediate_size=80, num_attention_heads=3, num_key_value_heads=3,
+        attention_bias=True, **ENDS,
+    ),
+    "wide heads": lambda: Qwen3Config(
+        vocab_size=250, hidden_size=32, intermediate_size=64, num_attention_heads=9, num_key_value_heads=1,
+        head_dim=80, **ENDS,
+    ),
+    "widest heads": lambda: Qwen3Config(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_attention_heads=2, num_key_value_heads=1,
+        head_dim=256, **ENDS,
+    ),
+    "heads of 64": lambda: LlamaConfig(
+        vocab_size=131, hidden_size=192, intermediate_size=96, num_attention_heads=3, num_key_value_heads=1, **ENDS
+    ),
+}  # fmt: skip
+DTYPES = [pytest.param(torch.float32, id="fp32"), pytest.param(torch.bfloat16, id="bf16")]
+
+
+@cache
+def model_of(shape: str, dtype: torch.dtype):
+    """A random model that uses every weight; bf16 weights in whatever dtype computes with them."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(SHAPES[shape]()).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.mul_(4)
+        else:
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    return model.to(dtype)
+
+
+@cache
+def exact_model_of(shape: str, dtype: torch.dtype):
+    """The same weights in float64."""
+    model = AutoModelForCausalLM.from_config(SHAPES[shape]()).eval().requires_grad_(False)
+    model.load_state_dict(model_of(shape, dtype).state_dict())
+    return model.double()
+
+
+def sequence(length: int, vocab: int, salt: int = 0) -> list[int]:
+    return [(index * index + 7 * index + 13 * salt) % vocab for index in range(length)]
+
+
+@pytest.fixture(params=range(NUM_SETS), ids=INSTRUCTION_SETS[:NUM_SETS])
+def instruction_set(request, monkeypatch):
+    monkeypatch.setattr(kernels(), "instruction_set", request.param)
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _inference():
+    with torch.inference_mode():
+        yield
+
+
+def test_ci_has_the_kernels():
+    if not os.environ.get("CI") or not any(map(shutil.which, ("cc", "gcc", "clang"))):
+        pytest.skip("only CI promises a compiler")
+    assert kernels() is not None
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_logits_are_those_of_the_model(instruction_set, shape, dtype):
+    model, exact = model_of(shape, dtype), exact_model_of(shape, dtype)
+    vocab, lengths = model.config.vocab_size, [1, 17, 40]
+    runner = NativeRunner(model, 4, 48)
+    tokens = [sequence(length + 3, vocab, salt) for salt, length in enumerate(lengths)]
+    got = [runner.logits(runner.prefill([t[:n] for t, n in zip(tokens, lengths, strict=True)], [0, 1, 2]))]
+    for step in range(3):
+        column = torch.tensor([t[n + step] for t, n in zip(tokens, lengths, strict=True)])
+        got.append(runner.logits(runner.decode(column, [n + step for n in lengths])))
+    for row, (whole, length) in enumerate(zip(tokens, lengths, strict=True)):
+        ids = torch.tensor([whole])
+        ours = torch.stack([step[row] for step in got]).double()
+        truth = exact(ids).logits[0, length - 1 :]
+        if dtype == torch.float32:
+            torch.testing.assert_close(ours, truth, rtol=1e-4, atol=1e-4)
+        else:
+            plain = model(ids).logits[0, length - 1 :].double()
+            assert (ours - truth).square().mean() <= 2 * (plain - truth).square().mean()
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", ["plain", "wide heads", "heads of 64"])
+def test_a_token_has_the_same_bits_in_every_batch(instruction_set, shape, dtype):
+    """However many rows are computed together, in whatever order and at whatever lengths."""
+    model = model_of(shape, dtype)
+    lengths = [1 + 5 * index % 37 for index in range(41)]
+    prompts = [sequence(length, model.config.vocab_size, salt) for salt, length in enumerate(lengths)]
+    last = torch.tensor([prompt.pop() for prompt in prompts])
+    prompts = [prompt or [0] for prompt in prompts]
+    held = [len(prompt) for prompt in prompts]
+    alone_prefill, alone_decode = [], []
+    single = NativeRunner(model, 1, 64)
+    for row, prompt in enumerate(prompts):
+        alone_prefill.append(single.logits(single.prefill([prompt], [0])))
+        alone_decode.append(single.logits(single.decode(last[row : row + 1], held[row : row + 1])))
+    for size in (2, 3, 5, 7, 8, 9, 11, 12, 13, 16, 23, 24, 25, 41):
+        runner = NativeRunner(model, size, 64)
+        for start in range(0, len(prompts) - size + 1, size):
+            rows = slice(start, start + size)
+            order = list(range(size))[::-1]
+            prefilled = runner.logits(runner.prefill([prompts[start + index] for index in order], order))
+            assert torch.equal(prefilled.flip(0), torch.cat(alone_prefill[rows])), size
+            decoded = runner.logits(runner.decode(last[rows], held[rows]))
+            assert torch.equal(decoded, torch.cat(alone_decode[rows])), size
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_threads", [1, 2, 3])
+def test_prefill_and_decoding_give_the_same_bits(instruction_set, dtype, num_threads):
+    """A sequence longer than one call takes, decoded from any length, by any number of threads."""
+    model = model_of("plain", dtype)
+    whole = sequence(600, model.config.vocab_size)
+    before = torch.get_num_threads()
+    reference = NativeRunner(model, 1, 640)
+    torch.set_num_threads(num_threads)
+    try:
+        runner = NativeRunner(model, 3, 640)
+    finally:
+        torch.set_num_threads(before)
+    for length in (2, 16, 17, 33, 511, 512, 513, 600):
+        expected = reference.prefill([whole[:length]], [0])
+        runner.prefill([whole[: length - 1], [5], whole[:length]], [0, 1, 2])
+        decoded = runner.decode(torch.tensor([whole[length - 1], 9]), [length - 1, 1])
+        assert torch.equal(decoded[:1], expected)
+    exact = exact_model_of("plain", dtype)(torch.tensor([whole])).logits[0, -1]
+    tolerance = 1e-4 if dtype == torch.float32 else 0.2 * float(exact.abs().max())
+    torch.testing.assert_close(runner.logits(expected)[0].double(), exact, rtol=0, atol=tolerance)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("length", [1, 15, 16, 17, 31, 48])
+def test_copied_and_moved_slots_go_on_alike(dtype, length):
+    model = model_of("plain", dtype)
+    runner = NativeRunner(model, 5, 50)
+    prompt, other = sequence(length, 203), sequence(length, 203, 1)
+    runner.prefill([other, prompt], [0, 3])
+    runner.copy_prefix(3, [1, 4], length)
+    runner.move(4, 2, length)
+    rows = runner.decode(torch.tensor([8] * 5), [length] * 5)
+    assert torch.equal(rows[1:], rows[1:2].expand(4, -1))
+    assert not torch.equal(rows[0], rows[1])
+
+
+@needs_kernels
+@pytest.mark.parametrize("width", [16, 32, 256])
+def test_block_mass_is_the_log_of_the_sum_of_exponentials(instruction_set, width):
+    logits = torch.randn(5, 6 * width, generator=torch.Generator().manual_seed(0)) * 20
+    logits[1, :width] = -torch.inf
+    logits[2, 3:] = -torch.inf
+    logits[3] += 300
+    logits[4] -= 300
+    expected = logits.double().view(5, 6, width).logsumexp(-1).float()
+    torch.testing.assert_close(kernels().block_mass(logits, width), expected, rtol=1e-6, atol=1e-6)
+    row = logits[:1].expand(3, -1)
+    assert torch.equal(kernels().block_mass(row, width), kernels().block_mass(row.contiguous(), width))
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    "config",
+    [
+        LlamaConfig(hidden_size=72, num_attention_heads=3, intermediate_size=96),
+        LlamaConfig(hidden_size=64, num_attention_heads=8, intermediate_size=96),
+        LlamaConfig(hidden_size=64, num_attention_heads=4, intermediate_size=100),
+        LlamaConfig(hidden_size=64, num_attention_heads=4, intermediate_size=96, hidden_act="gelu"),
+        LlamaConfig(hidden_size=64, num_attention_heads=4, intermediate_size=96, mlp_bias=True),
+        LlamaConfig(hidden_size=64, num_attention_heads=4, intermediate_size=96, head_dim=512),
+        MistralConfig(hidden_size=64, num_attention_heads=4, intermediate_size=96, sliding_window=8),
+    ],
+    ids=["hidden", "head", "intermediate", "activation", "mlp bias", "wide head", "window"],
+)  # fmt: skip
+def test_other_models_are_left_to_other_runners(config):
+    config.num_hidden_layers, config.vocab_size = 1, 64
+    assert not NativeRunner.supports(AutoModelForCausalLM.from_config(config))
+
+
+@needs_kernels
+def test_support_ends_with_the_dtype():
+    model = model_of("plain", torch.float32)
+    assert NativeRunner.supports(model)
+    assert NativeRunner.supports(model_of("plain", torch.bfloat16))
+    half = AutoModelForCausalLM.from_config(SHAPES["plain"]()).half()
+    assert not NativeRunner.supports(half)
+    assert LlamaRunner.supports(half)
