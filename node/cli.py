@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from node.openmp import choose_waiting
+
 if TYPE_CHECKING:
     from node.layers import Layer, ResolvedConfig
 
@@ -268,4 +270,5 @@ def _fail(message: str, status: int) -> int:
 
 def main() -> None:
     """Entry point of `swarm-node`."""
+    choose_waiting()
     sys.exit(run(sys.argv[1:]))
