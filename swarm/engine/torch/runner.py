@@ -59,5 +59,5 @@ class ModelRunner(ABC):
         """Take new weights by the names of the model's `state_dict`. The cache is stale afterwards."""
 
     def move(self, source: int, target: int, length: int) -> None:
-        """Move a slot to another place."""
+        """Make what slot `source` holds the content of slot `target`; what `target` held is lost."""
         self.copy_prefix(source, [target], length)

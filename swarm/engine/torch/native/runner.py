@@ -104,7 +104,7 @@ class NativeRunner(ModelRunner):
             num_layers=shape.num_layers, vocab=shape.vocab_size, num_slots=num_slots, capacity=capacity,
             num_threads=num_threads, epsilon=shape.epsilon,
         )  # fmt: skip
-        self._capacity, self._all_slots = capacity, torch.arange(num_slots)
+        self._places = torch.arange(num_slots)  # where in the cache each slot lies: moving a slot moves no data
         self._layers = (_Layer * shape.num_layers)()
         self._model.layers = self._layers
         self.load(model.state_dict())
@@ -187,14 +187,15 @@ class NativeRunner(ModelRunner):
 
     def decode(self, tokens: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
         """Append one token to each slot; see ModelRunner."""
-        return self._forward(tokens, self._all_slots[: len(lengths)], torch.tensor(lengths))
+        return self._forward(tokens, self._places[: len(lengths)], torch.tensor(lengths))
 
     def prefill(self, sequences: Sequence[Sequence[int]], slots: Sequence[int]) -> torch.Tensor:
         """Fill slots with whole sequences; see ModelRunner."""
         lengths = torch.tensor([len(sequence) for sequence in sequences])
         tokens = torch.tensor([token for sequence in sequences for token in sequence])
         positions = torch.cat([torch.arange(length) for length in lengths.tolist()])
-        hidden = self._forward(tokens, torch.tensor(slots).repeat_interleave(lengths), positions)
+        places = self._places[torch.tensor(slots)]
+        hidden = self._forward(tokens, places.repeat_interleave(lengths), positions)
         return hidden[lengths.cumsum(0) - 1]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -211,6 +212,10 @@ class NativeRunner(ModelRunner):
     def copy_prefix(self, source: int, targets: Sequence[int], length: int) -> None:
         """Copy the start of one slot to others; see ModelRunner."""
         width = (length + -length % _LANES) * self._shape.head_dim  # keys lie in blocks of 16 positions
+        place, others = int(self._places[source]), self._places[torch.tensor(targets)]
         for side in (self._tensors["keys"], self._tensors["values"]):
-            for target in targets:
-                side[:, target, :, :width] = side[:, source, :, :width]
+            side[:, others, :, :width] = side[:, place : place + 1, :, :width]
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Exchange the places of two slots; see ModelRunner."""
+        self._places[[source, target]] = self._places[[target, source]]
