@@ -39,7 +39,7 @@ demo: setup ## train the built-in model `tiny` and watch it learn (about three m
 	$(bin)/swarm-node silo --model tiny
 
 test: lint ## lint, type-check, and run all tests with coverage
-	HF_HUB_OFFLINE=1 $(bin)/python -m pytest --cov --cov-report=term:skip-covered
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(bin)/python -m pytest --cov --cov-report=term:skip-covered
 
 lint: setup ## ruff, mypy and the order of the layers
 	$(bin)/ruff check .

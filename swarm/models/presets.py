@@ -50,7 +50,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         "rounds": 600,
         "num_threads": 1,  # its operations are too small to share: a second thread would gain a sixth, and lose far more
     },
-    SMOLLM2: {**FALLBACK, "tasks": {**FALLBACK["tasks"], "answer": ["last_number"]}},
+    SMOLLM2: {
+        **FALLBACK,
+        "tasks": {**FALLBACK["tasks"], "answer": ["last_number"]},
+        "trainer": {**FALLBACK["trainer"], "learning_rate": 2e-5},
+    },
 }
 
 
