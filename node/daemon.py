@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 __all__ = ["MOVING_AVERAGE_ROUNDS", "Node"]
 
-MOVING_AVERAGE_ROUNDS = 50
+MOVING_AVERAGE_ROUNDS = 20
 _FINAL_CHECKPOINT_WITHIN_S = 4.0  # a stopped node has 10 s in all; the journal has every round already
 P = ParamSpec("P")
 T = TypeVar("T")

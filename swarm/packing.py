@@ -24,6 +24,10 @@ from swarm.types import TrainingGroup
 __all__ = ["CompletionRef", "PackedRow", "PaddedRows", "Part", "Span", "pack", "pad", "split_into_microbatches"]
 
 
+_MAX_PROMPT_RATIO = 1.25  # longest to shortest prompt of a microbatch
+_FREE_PADDING_TOKENS = 64  # prompts up to this length are cheap to pad
+
+
 @dataclass(frozen=True, slots=True)
 class CompletionRef:
     """A completion of a batch: group number, and number within the group."""
@@ -92,19 +96,23 @@ def split_into_microbatches(
     """Cut groups into microbatches of at most `max_tokens` tokens, as far as single completions allow.
 
     Whole groups stay together where they fit; a group that is larger than a microbatch is cut between
-    completions, and each part brings the prompt again.
+    completions, and each part brings the prompt again. Attention pads every prompt of a microbatch to its
+    longest, so groups go in order of their prompts' lengths, and a much longer prompt begins a new one.
     """
     microbatches: list[list[Part]] = []
     room = 0
-    for index in group_indices:
+    shortest_prompt = 0  # of the microbatch that is being filled
+    for index in sorted(group_indices, key=lambda index: len(groups[index].prompt_ids)):
         group = groups[index]
         num_prompt = len(group.prompt_ids)
+        if num_prompt > max(_FREE_PADDING_TOKENS, _MAX_PROMPT_RATIO * shortest_prompt):
+            room = 0
         lengths = [len(ids) for ids in group.completion_ids]
         total = _num_tokens(num_prompt, lengths, shares_prompts)
         if total <= max_tokens:
             if total > room:
                 microbatches.append([])
-                room = max_tokens
+                room, shortest_prompt = max_tokens, num_prompt
             microbatches[-1].append(Part(index, tuple(range(len(lengths)))))
             room -= total
             continue
@@ -116,6 +124,7 @@ def split_into_microbatches(
             part.append(completion)
         microbatches.append([Part(index, tuple(part))])
         room = max_tokens - _num_tokens(num_prompt, [lengths[i] for i in part], shares_prompts)
+        shortest_prompt = num_prompt
     return microbatches
 
 
