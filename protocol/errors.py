@@ -1,8 +1,8 @@
 """The errors of `protocol`.
 
-    ProtocolError
-    ├── CodecError       bytes that are not a valid record, or a record over a limit
-    └── IdentityError    a key file that is missing, malformed, or readable by others
+ProtocolError
+├── CodecError       bytes that are not a valid record, or a record over a limit
+└── IdentityError    a key file that is missing, malformed, or readable by others
 """
 
 __all__ = ["CodecError", "IdentityError", "ProtocolError"]

@@ -1,15 +1,15 @@
 """The errors of `swarm`.
 
-    SwarmError
-    ├── UserError            the person who runs the node can fix it; the message is one line that names the fix
-    │   ├── ModelError       a model that cannot be found or loaded
-    │   ├── TaskError        an unknown task source, a refused scorer, a malformed task file
-    │   └── CheckpointError  a checkpoint that cannot be written or read
-    ├── TaskRefError         a task reference that cannot be resolved here: data, to be counted
-    │   ├── UnknownSource    no source of this run has that name and digest: no offence of whoever sent it
-    │   └── InvalidTaskRef   the source is ours and has no such item
-    ├── ScoringError         scoring processes that do not start, or that the platform cannot confine
-    └── TrainingDiverged     three non-finite updates in a row; the last good checkpoint is intact
+SwarmError
+├── UserError            the person who runs the node can fix it; the message is one line that names the fix
+│   ├── ModelError       a model that cannot be found or loaded
+│   ├── TaskError        an unknown task source, a refused scorer, a malformed task file
+│   └── CheckpointError  a checkpoint that cannot be written or read
+├── TaskRefError         a task reference that cannot be resolved here: data, to be counted
+│   ├── UnknownSource    no source of this run has that name and digest: no offence of whoever sent it
+│   └── InvalidTaskRef   the source is ours and has no such item
+├── ScoringError         scoring processes that do not start, or that the platform cannot confine
+└── TrainingDiverged     three non-finite updates in a row; the last good checkpoint is intact
 """
 
 __all__ = [

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from swarm.config import TrainerConfig
 from swarm.errors import CheckpointError, TrainingDiverged
+from swarm.fused import fuse
 from swarm.logprobs import logits_head, target_logprobs
 from swarm.lora import add_adapters, merged_state
 from swarm.loss import LossTerms, TokenTerms, policy_loss, token_weight
@@ -84,6 +85,7 @@ class Trainer:
         if config.lora.rank:
             add_adapters(model, config.lora)
         model.eval()
+        fuse(model)
         trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         if not trainable:
             raise ValueError("the model has no trainable weights")

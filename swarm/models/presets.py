@@ -48,7 +48,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "trainer": {"learning_rate": 2e-4},
         "evaluation": {"every_rounds": 50},
         "rounds": 600,
-        "num_threads": 1,  # its operations are too small to share: a second thread would gain a sixth, and lose far more
+        "num_threads": 1,  # too small to share: a second thread gains a sixth, and loses far more
     },
     SMOLLM2: {
         **FALLBACK,
