@@ -80,6 +80,19 @@ static void FN(norm)(const model_t *m, const float *x, const float *weight, void
     }
 }
 
+/* acc += a * b over two bf16 a lane: a holds pairs by lane, b one pair for all lanes. */
+INLINE v16f FN(add_pairs)(v16f acc, v16u a, uint32_t b) {
+#if USE_DPBF16
+    return (v16f)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)_mm512_set1_epi32((int)b));
+#else
+    union { uint32_t u; float f; } low = {b << 16}, high = {b & 0xFFFF0000u};
+    acc += (v16f)(a << 16) * low.f;
+    return acc + (v16f)(a & 0xFFFF0000u) * high.f;
+#endif
+}
+
+INLINE v16u FN(load_pairs)(const void *p) { v16u v; __builtin_memcpy(&v, p, 64); return v; }
+
 /* One tile of a matmul: rows x[0..rows) times `blocks` blocks of 16 outputs. acc: [rows][blocks].
  * Weights are packed [out / 16][in / 2][16][2] in bf16 and [out / 16][in][16] in fp32: a load is 16 outputs. */
 INLINE void FN(tile)(const int is_bf16, const int rows, const int blocks, const void *x, const void *w, int in, v16f acc[12][4]) {
@@ -93,23 +106,12 @@ INLINE void FN(tile)(const int is_bf16, const int rows, const int blocks, const 
         for (int k = 0; k < pairs; k++) {
             v16u weight[4];
 #pragma GCC unroll 4
-            for (int b = 0; b < blocks; b++) __builtin_memcpy(&weight[b], ws + ((size_t)b * pairs + k) * 16, 64);
+            for (int b = 0; b < blocks; b++) weight[b] = FN(load_pairs)(ws + ((size_t)b * pairs + k) * 16);
 #pragma GCC unroll 12
             for (int r = 0; r < rows; r++) {
                 uint32_t pair = xs[(size_t)r * pairs + k];
-#if USE_DPBF16
-                __m512bh wide = (__m512bh)_mm512_set1_epi32((int)pair);
 #pragma GCC unroll 4
-                for (int b = 0; b < blocks; b++)
-                    acc[r][b] = (v16f)_mm512_dpbf16_ps((__m512)acc[r][b], (__m512bh)weight[b], wide);
-#else
-                union { uint32_t u; float f; } low = {pair << 16}, high = {pair & 0xFFFF0000u};
-#pragma GCC unroll 4
-                for (int b = 0; b < blocks; b++) {
-                    acc[r][b] += (v16f)(weight[b] << 16) * low.f;
-                    acc[r][b] += (v16f)(weight[b] & 0xFFFF0000u) * high.f;
-                }
-#endif
+                for (int b = 0; b < blocks; b++) acc[r][b] = FN(add_pairs)(acc[r][b], weight[b], pair);
             }
         }
     } else {
@@ -214,7 +216,8 @@ INLINE void FN(rotate)(const model_t *m, float *head, const float *weight, const
 }
 
 /* Rotate queries in place and write keys and values to the cache.
- * Keys: [slot][kv head][position / 16][head_dim][16]; values: [slot][kv head][position][head_dim]. */
+ * Keys: [slot][kv head][position / 16][head_dim][16]; values: [slot][kv head][position][head_dim]. In bf16 what is
+ * summed over lies in pairs: keys [..][position / 16][head_dim / 2][16][2], values [..][position / 2][head_dim][2]. */
 static void FN(store)(const model_t *m, const layer_t *layer, float *qkv, char *keys, char *values, const int64_t *slots,
                       const int64_t *positions, int n) {
     const int width = m->head_dim, heads = m->num_heads, kv_heads = m->num_kv_heads, total = heads + 2 * kv_heads;
@@ -228,17 +231,18 @@ static void FN(store)(const model_t *m, const layer_t *layer, float *qkv, char *
             float *key = row + (heads + h) * width, *value = row + (heads + kv_heads + h) * width;
             FN(rotate)(m, key, layer->key_norm, cosine, sine, 1.0f);
             size_t base = ((size_t)slots[r] * kv_heads + h) * m->capacity * width;
-            size_t at = base + (positions[r] / 16) * 16 * width + positions[r] % 16;
-            size_t to = base + positions[r] * width;
+            const size_t block = base + (size_t)(positions[r] / 16) * 16 * width, lane = positions[r] % 16;
             if (m->is_bf16) {
+                uint16_t *to = (uint16_t *)keys + block + lane * 2;
+                uint16_t *into = (uint16_t *)values + base + (size_t)(positions[r] / 2) * 2 * width + positions[r] % 2;
                 for (int d = 0; d < width; d += 16) {
                     v16u16 half = FN(to_bf16)(FN(load_f32)(key + d)), whole = FN(to_bf16)(FN(load_f32)(value + d));
-                    for (int i = 0; i < 16; i++) ((uint16_t *)keys)[at + (size_t)(d + i) * 16] = half[i];
-                    __builtin_memcpy((uint16_t *)values + to + d, &whole, 32);
+                    for (int i = 0; i < 16; i++) to[(size_t)((d + i) / 2) * 32 + i % 2] = half[i];
+                    for (int i = 0; i < 16; i++) into[(size_t)(d + i) * 2] = whole[i];
                 }
             } else {
-                for (int d = 0; d < width; d++) ((float *)keys)[at + (size_t)d * 16] = key[d];
-                __builtin_memcpy((float *)values + to, value, width * sizeof(float));
+                for (int d = 0; d < width; d++) ((float *)keys)[block + lane + (size_t)d * 16] = key[d];
+                __builtin_memcpy((float *)values + base + (size_t)positions[r] * width, value, width * sizeof(float));
             }
         }
     }
@@ -249,17 +253,30 @@ static void FN(store)(const model_t *m, const layer_t *layer, float *qkv, char *
 INLINE void FN(attend_group)(const int is_bf16, const int group, const int width, const float *queries, const void *keys,
                              const void *values, int length, float *scores, size_t stride, float *out) {
     const int num_blocks = (length + 15) / 16;
+    uint32_t pairs[MAX_GROUP * MAX_HEAD_DIM / 2];
+    if (is_bf16)
+        for (int i = 0; i < group * width; i += 16) {
+            v16u16 half = FN(to_bf16)(FN(load_f32)(queries + i));
+            __builtin_memcpy((uint16_t *)pairs + i, &half, 32);
+        }
     v16f most[MAX_GROUP];
     for (int g = 0; g < group; g++) most[g] = ALL(-INFINITY);
     for (int b = 0; b < num_blocks; b++) {
         v16f acc[MAX_GROUP];
 #pragma GCC unroll 4
         for (int g = 0; g < group; g++) acc[g] = ALL(0.0f);
-        for (int d = 0; d < width; d++) {
-            size_t at = ((size_t)b * width + d) * 16;
-            v16f key = is_bf16 ? FN(load_bf16)((const uint16_t *)keys + at) : FN(load_f32)((const float *)keys + at);
+        if (is_bf16) {
+            for (int d = 0; d < width / 2; d++) {
+                v16u key = FN(load_pairs)((const uint16_t *)keys + ((size_t)b * width + d * 2) * 16);
 #pragma GCC unroll 4
-            for (int g = 0; g < group; g++) acc[g] += key * queries[g * width + d];
+                for (int g = 0; g < group; g++) acc[g] = FN(add_pairs)(acc[g], key, pairs[g * width / 2 + d]);
+            }
+        } else {
+            for (int d = 0; d < width; d++) {
+                v16f key = FN(load_f32)((const float *)keys + ((size_t)b * width + d) * 16);
+#pragma GCC unroll 4
+                for (int g = 0; g < group; g++) acc[g] += key * queries[g * width + d];
+            }
         }
         for (int g = 0; g < group; g++) {
             if (b == num_blocks - 1)
@@ -276,7 +293,12 @@ INLINE void FN(attend_group)(const int is_bf16, const int group, const int width
         for (int b = 0; b < num_blocks; b++) {
             v16f e = FN(exp)(FN(load_f32)(scores + g * stride + b * 16) - top);
             mass += e;
-            FN(store_f32)(scores + g * stride + b * 16, e);
+            if (is_bf16) { /* in place: a block's halves take the place of its first eight floats, and of no later block */
+                v16u16 half = FN(to_bf16)(e);
+                __builtin_memcpy((uint16_t *)(scores + g * stride) + b * 16, &half, 32);
+            } else {
+                FN(store_f32)(scores + g * stride + b * 16, e);
+            }
         }
         inverse[g] = 1.0f / FN(sum)(mass);
     }
@@ -287,16 +309,29 @@ INLINE void FN(attend_group)(const int is_bf16, const int group, const int width
         for (int g = 0; g < group; g++)
 #pragma GCC unroll 4
             for (int i = 0; i < 4; i++) acc[g][i] = ALL(0.0f);
-        for (int p = 0; p < length; p++) {
-            size_t from = (size_t)p * width + at;
-            v16f value[4];
+        if (is_bf16) {
+            for (int p = 0; p < (length + 1) / 2; p++) { /* the weight of a position past the end is zero */
+                v16u value[4];
 #pragma GCC unroll 4
-            for (int i = 0; i < parts; i++)
-                value[i] = is_bf16 ? FN(load_bf16)((const uint16_t *)values + from + i * 16) : FN(load_f32)((const float *)values + from + i * 16);
+                for (int i = 0; i < parts; i++)
+                    value[i] = FN(load_pairs)((const uint16_t *)values + ((size_t)p * width + at + i * 16) * 2);
 #pragma GCC unroll 4
-            for (int g = 0; g < group; g++)
+                for (int g = 0; g < group; g++) {
+                    uint32_t pair = ((const uint32_t *)(scores + g * stride))[p];
 #pragma GCC unroll 4
-                for (int i = 0; i < parts; i++) acc[g][i] += value[i] * scores[g * stride + p];
+                    for (int i = 0; i < parts; i++) acc[g][i] = FN(add_pairs)(acc[g][i], value[i], pair);
+                }
+            }
+        } else {
+            for (int p = 0; p < length; p++) {
+                v16f value[4];
+#pragma GCC unroll 4
+                for (int i = 0; i < parts; i++) value[i] = FN(load_f32)((const float *)values + (size_t)p * width + at + i * 16);
+#pragma GCC unroll 4
+                for (int g = 0; g < group; g++)
+#pragma GCC unroll 4
+                    for (int i = 0; i < parts; i++) acc[g][i] += value[i] * scores[g * stride + p];
+            }
         }
         for (int g = 0; g < group; g++)
             for (int i = 0; i < parts; i++) FN(store_f32)(out + g * width + at + i * 16, acc[g][i] * inverse[g]);

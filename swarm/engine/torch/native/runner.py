@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from swarm.engine.torch.llama import LlamaRunner, LlamaShape
-from swarm.engine.torch.native import Kernels, kernels
+from swarm.engine.torch.native import Kernels, huge_pages, kernels
 from swarm.engine.torch.runner import ModelRunner
 
 __all__ = ["NativeRunner"]
@@ -62,7 +62,8 @@ def _pack(weight: torch.Tensor) -> torch.Tensor:
     lanes = _pad_rows(weight.contiguous())
     if weight.dtype == torch.bfloat16:
         lanes = lanes.view(torch.int32)  # two inputs side by side are one item
-    return lanes.view(-1, _LANES, lanes.shape[1]).transpose(1, 2).contiguous()
+    blocks = lanes.view(-1, _LANES, lanes.shape[1]).transpose(1, 2)
+    return huge_pages(torch.empty(blocks.shape, dtype=blocks.dtype)).copy_(blocks)
 
 
 def _interleave(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
@@ -87,8 +88,8 @@ class NativeRunner(ModelRunner):
         num_threads = torch.get_num_threads()
         cache = (shape.num_layers, num_slots, shape.num_kv_heads, capacity * shape.head_dim)
         self._tensors = {
-            "keys": torch.zeros(cache, dtype=self.dtype),
-            "values": torch.zeros(cache, dtype=self.dtype),
+            "keys": huge_pages(torch.empty(cache, dtype=self.dtype)).zero_(),
+            "values": huge_pages(torch.empty(cache, dtype=self.dtype)).zero_(),
             "cosine": cosine.contiguous(),
             "sine": sine.contiguous(),
             "residual": torch.zeros(rows, shape.hidden),
