@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from node.daemon import Node
     from node.parts import Parts
 
-__all__ = ["FINISHED", "OutOfMemory", "resume_command", "run_silo", "run_until_stopped"]
+__all__ = ["FINISHED", "OutOfMemory", "StopDeadline", "resume_command", "run_silo", "run_until_stopped"]
 
 FINISHED = 0
 _STOP_WITHIN_S = 8.0  # after this a step that is still going on is given up; the journal has every finished round
@@ -61,7 +61,10 @@ def run_silo(config: RunConfig, folder: RunFolder, *, as_json: bool) -> int:
 
         recorder = Recorder(folder, config.checkpoint)
         node = Node(config, build_parts=build, recorder=recorder, exchange=SiloExchange(), display=display)
-        stopped_by = asyncio.run(run_until_stopped(node))
+        with StopDeadline() as deadline:
+            stopped_by = asyncio.run(run_until_stopped(node, deadline))
+            display.end()
+            return _conclude(node, folder, stopped_by, MOVING_AVERAGE_ROUNDS, as_json=as_json)
     except TrainingDiverged as error:
         write_summary(folder, summarize(config, node.rows, "diverged"))
         raise TrainingDiverged(
@@ -71,7 +74,6 @@ def run_silo(config: RunConfig, folder: RunFolder, *, as_json: bool) -> int:
         ) from error
     finally:
         display.end()
-    return _conclude(node, folder, stopped_by, MOVING_AVERAGE_ROUNDS, as_json=as_json)
 
 
 def make_display(as_json: bool) -> Display:
@@ -86,7 +88,32 @@ def make_display(as_json: bool) -> Display:
     return LiveDisplay(console)
 
 
-async def run_until_stopped(node: "Node") -> signal.Signals | None:
+class StopDeadline:
+    """Ends a process that was asked to stop and has not, in the middle of whatever it does.
+
+    A thread of its own, so that it still counts when the loop has ended. Leaving the block calls it off.
+    """
+
+    def __init__(self) -> None:
+        self._timers: list[threading.Timer] = []
+
+    def __enter__(self) -> "StopDeadline":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for timer in self._timers:
+            timer.cancel()
+            timer.join()
+
+    def begin(self, node: "Node", number: signal.Signals) -> None:
+        """Start to count: from now on the process has `_STOP_WITHIN_S` seconds."""
+        timer = threading.Timer(_STOP_WITHIN_S, _leave_at_once, (node, number))
+        timer.daemon = True
+        self._timers.append(timer)
+        timer.start()
+
+
+async def run_until_stopped(node: "Node", deadline: StopDeadline) -> signal.Signals | None:
     """Run the node; return the signal that stopped it, if one did."""
     loop = asyncio.get_running_loop()
     received: list[signal.Signals] = []
@@ -97,10 +124,7 @@ async def run_until_stopped(node: "Node") -> signal.Signals | None:
             _leave_at_once(node, received[0])
         node.stop()
         node.display.note(f"{number.name}: stopping after this step; once more stops at once")
-        # A thread of its own: it still counts when the loop has ended and the process has not.
-        timer = threading.Timer(_STOP_WITHIN_S, _leave_at_once, (node, number))
-        timer.daemon = True
-        timer.start()
+        deadline.begin(node, number)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, on_signal, number)
