@@ -7,7 +7,8 @@ import pytest
 import reasoning_gym
 import torch
 
-from swarm.config import ModelConfig, RolloutConfig, SapoConfig, TasksConfig, TrainerConfig
+from node.config import RunConfig
+from swarm.config import ModelConfig
 from swarm.models import make_tiny, tiny_data
 from swarm.models.presets import FALLBACK, PRESETS, builtin_path, preset
 from swarm.policy import Policy, load_policy
@@ -81,13 +82,10 @@ def test_the_mixture_starts_below_a_tenth(tiny):
 
 def test_every_preset_fits_the_settings():
     for settings in [*PRESETS.values(), FALLBACK]:
-        assert set(settings) <= {"tasks", "rollout", "sapo", "trainer", "evaluation"}
-        tasks = TasksConfig.model_validate(settings["tasks"])
-        for source in tasks.sources:
+        config = RunConfig.model_validate(settings)
+        assert config.tasks.sources
+        for source in config.tasks.sources:
             reasoning_gym.create_dataset(source.name, seed=0, size=1, **source.config)
-        RolloutConfig.model_validate(settings["rollout"])
-        TrainerConfig.model_validate(settings["trainer"])
-        SapoConfig.model_validate(settings.get("sapo", {}))
     assert preset("tiny") is PRESETS["tiny"]
     assert preset("some-owner/some-model") is FALLBACK
 

@@ -94,8 +94,10 @@ INLINE v16f FN(add_pairs)(v16f acc, v16u a, uint32_t b) {
 INLINE v16u FN(load_pairs)(const void *p) { v16u v; __builtin_memcpy(&v, p, 64); return v; }
 
 /* One tile of a matmul: rows x[0..rows) times `blocks` blocks of 16 outputs. acc: [rows][blocks].
- * Weights are packed [out / 16][in / 2][16][2] in bf16 and [out / 16][in][16] in fp32: a load is 16 outputs. */
-INLINE void FN(tile)(const int is_bf16, const int rows, const int blocks, const void *x, const void *w, int in, v16f acc[12][4]) {
+ * Weights are packed [out / 16][in / 2][16][2] in bf16 and [out / 16][in][16] in fp32: a load is 16 outputs.
+ * `ahead` is what to fetch meanwhile, a cache line a step, or NULL. */
+INLINE void FN(tile)(const int is_bf16, const int rows, const int blocks, const void *x, const void *w, int in,
+                     const char *ahead, v16f acc[12][4]) {
 #pragma GCC unroll 12
     for (int r = 0; r < rows; r++)
 #pragma GCC unroll 4
@@ -104,6 +106,7 @@ INLINE void FN(tile)(const int is_bf16, const int rows, const int blocks, const 
         const uint32_t *xs = x, *ws = w;
         const int pairs = in / 2;
         for (int k = 0; k < pairs; k++) {
+            if (ahead) __builtin_prefetch(ahead + (size_t)k * 64, 0, 2);
             v16u weight[4];
 #pragma GCC unroll 4
             for (int b = 0; b < blocks; b++) weight[b] = FN(load_pairs)(ws + ((size_t)b * pairs + k) * 16);
@@ -117,6 +120,7 @@ INLINE void FN(tile)(const int is_bf16, const int rows, const int blocks, const 
     } else {
         const float *xs = x, *ws = w;
         for (int k = 0; k < in; k++) {
+            if (ahead) __builtin_prefetch(ahead + (size_t)k * 64, 0, 2);
             v16f weight[4];
 #pragma GCC unroll 4
             for (int b = 0; b < blocks; b++) weight[b] = FN(load_f32)(ws + ((size_t)b * in + k) * 16);
@@ -163,7 +167,7 @@ INLINE void FN(finish)(const model_t *m, int kind, const int rows, const int blo
 
 #define TILE_ROWS(ROWS) \
     case ROWS: \
-        FN(tile)(is_bf16, ROWS, blocks, xr, wb, in, acc); \
+        FN(tile)(is_bf16, ROWS, blocks, xr, wb, in, ahead, acc); \
         FN(finish)(m, kind, ROWS, blocks, acc, bias, out, r, block, num_out); \
         break;
 
@@ -173,9 +177,13 @@ INLINE void FN(panel)(const model_t *m, const int is_bf16, const int blocks, int
     const char *wb = w + (size_t)block * 16 * in * bytes;
     v16f acc[12][4];
     const int most = blocks == 4 ? 6 : 12;
-    for (int r = 0; r < n;) {
+    const size_t block_bytes = (size_t)16 * in * bytes;
+    for (int r = 0, number = 0; r < n; number++) {
         int rows = n - r < most ? n - r : most;
         const char *xr = x + (size_t)r * in * bytes;
+        /* Only the first tile of a panel reads memory, the others find it in the cache. So that memory does not idle
+         * meanwhile, each tile fetches one block of the next panel. With one tile the reads are in order anyway. */
+        const char *ahead = n > most && number < blocks ? wb + (blocks + number) * block_bytes : 0;
         if (blocks == 4) {
             switch (rows) { TILE_ROWS(1) TILE_ROWS(2) TILE_ROWS(3) TILE_ROWS(4) TILE_ROWS(5) TILE_ROWS(6) }
         } else {
