@@ -1,0 +1,1 @@
+"""How bytes get from one node to another: one contract, several transports."""

@@ -1,0 +1,181 @@
+"""The contract of a transport: authenticated requests between nodes, and a table of small signed records.
+
+A transport moves bytes and knows nothing of rollouts. Peers are named by their node id (the Ed25519 public key
+in base32, see `identity`), on every transport: what carries the bytes proves the id, so a handler knows who asks.
+What is *said* is trusted by its signature alone, never by who carried it.
+
+    request   one frame to one peer, one frame back, both capped before they are read
+    record    a signed value of at most `MAX_RECORD_VALUE_BYTES` under (key, owner), stored in the DHT until it expires
+    connect   an address that a person typed, or a record told, becomes a peer that can be asked
+
+`tests/contract/` holds every transport to this.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+
+from protocol.errors import ProtocolError
+
+__all__ = [
+    "MAX_FRAME_BYTES",
+    "MAX_RECORD_VALUE_BYTES",
+    "Handler",
+    "PeerUnreachable",
+    "Record",
+    "RecordValidator",
+    "RequestRefused",
+    "RequestTimedOut",
+    "ResponseTooLarge",
+    "Traffic",
+    "Transport",
+    "TransportDown",
+    "TransportError",
+]
+
+MAX_FRAME_BYTES = 4 * 2**20  # the largest request or response that any handler may allow
+MAX_RECORD_VALUE_BYTES = 1024  # a record in the DHT
+
+
+class TransportError(ProtocolError):
+    """A request or a lookup that brought nothing back. Each subclass is counted under its `reason`."""
+
+    reason = "transport_error"
+
+
+class PeerUnreachable(TransportError):
+    """No connection to the peer could be made, or it broke before the response was whole."""
+
+    reason = "unreachable"
+
+
+class RequestTimedOut(TransportError):
+    """The response was not whole in time."""
+
+    reason = "timed_out"
+
+
+class ResponseTooLarge(TransportError):
+    """The peer announced a response over the cap; nothing of it was read."""
+
+    reason = "response_too_large"
+
+
+class TransportDown(TransportError):
+    """The node's own transport is not running just now; it is being restarted."""
+
+    reason = "transport_down"
+
+
+class RequestRefused(TransportError):
+    """The peer's handler answered with a refusal.
+
+    A handler refuses by raising it: `code` (at most 32 characters of a-z and _) and `detail` (at most 200
+    characters) reach the asker. A handler that raises anything else is a bug: it stops the node.
+    """
+
+    reason = "refused"
+
+    def __init__(self, code: str, detail: str = "") -> None:
+        super().__init__(f"{code}: {detail}" if detail else code)
+        self.code, self.detail = code, detail
+
+
+Handler = Callable[[str, bytes], Awaitable[bytes]]  # (node id of the asker, request) -> response
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A value that its owner stored in the DHT."""
+
+    owner: str  # node id
+    value: bytes  # at most MAX_RECORD_VALUE_BYTES; signed by the owner, which the validator has checked
+    expires_at: float  # unix seconds
+
+
+RecordValidator = Callable[[bytes, str, bytes, float, float], bool]
+"""(key, owner, value, expires_at, now) -> whether to store, return or believe this record. Must not raise."""
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """What has crossed the wire since the start, frames and stream headers included as far as they are known."""
+
+    bytes_in: int
+    bytes_out: int
+    num_requests_in: int
+    num_requests_out: int
+    num_restarts: int  # of what carries the bytes (p2pd)
+
+
+class Transport(ABC):
+    """One node's connection to the others. All methods belong to the event loop that called `start`."""
+
+    name: str  # "memory", "hivemind", ...: stands in node records, since transports do not interoperate
+
+    @property
+    @abstractmethod
+    def node_id(self) -> str:
+        """The node's own id."""
+
+    @property
+    @abstractmethod
+    def addresses(self) -> tuple[str, ...]:
+        """Multiaddresses under which others may reach this node, each ending in its peer id; known after `start`."""
+
+    @property
+    @abstractmethod
+    def traffic(self) -> Traffic:
+        """Counters since the start."""
+
+    @abstractmethod
+    def handle(self, name: str, handler: Handler, *, max_request_bytes: int) -> None:
+        """Answer requests called `name` (at most 32 characters of a-z and _). Called before `start`.
+
+        A request over `max_request_bytes` is refused with code "too_large" before it is read. The number of
+        requests that are handled at one time is bounded, in all and per asker; beyond it the code is "busy".
+        """
+
+    @abstractmethod
+    async def start(self) -> None:
+        """Listen. Raises TransportError where that is impossible, with the fix in one line."""
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Leave; requests under way fail with TransportDown. A second call does nothing."""
+
+    @abstractmethod
+    async def wait_failed(self) -> None:
+        """Return never; raise what has killed the transport for good. A death that is mended by a restart is none."""
+
+    @abstractmethod
+    async def connect(self, address: str, *, timeout_s: float) -> str:
+        """Reach the node behind a multiaddress; return its node id. Raises PeerUnreachable or RequestTimedOut.
+
+        Raises ValueError for text that is no address of this transport.
+        """
+
+    @abstractmethod
+    async def disconnect(self, node_id: str) -> None:
+        """Drop the connection to a peer, and refuse it until it is connected to again from here."""
+
+    @abstractmethod
+    async def request(
+        self, node_id: str, name: str, payload: bytes, *, max_response_bytes: int, timeout_s: float
+    ) -> bytes:
+        """Ask a peer; return its response. Raises a TransportError.
+
+        A peer that was never connected to is looked up in the DHT of the transport, as far as it has one.
+        Cancelling the call frees everything that it holds.
+        """
+
+    @abstractmethod
+    async def store(self, key: bytes, value: bytes, expires_at: float) -> int:
+        """Put the node's own record under a key; it replaces the node's earlier one. Returns how many nodes hold it.
+
+        Raises ValueError for a value that the transport's own validator refuses.
+        """
+
+    @abstractmethod
+    async def lookup(self, key: bytes, *, timeout_s: float) -> Sequence[Record]:
+        """Return the records under a key that pass the validator, in no order; none where nobody answers."""
