@@ -2,7 +2,9 @@
 
 ProtocolError
 ├── CodecError       bytes that are not a valid record, or a record over a limit
-└── IdentityError    a key file that is missing, malformed, or readable by others
+├── IdentityError    a key file that is missing, malformed, or readable by others
+├── Refusal          what a peer sent and this node does not take, with its reason   (refusals)
+└── TransportError   a request that brought nothing back                             (transport.base)
 """
 
 __all__ = ["CodecError", "IdentityError", "ProtocolError"]
