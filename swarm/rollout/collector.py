@@ -4,7 +4,6 @@ It turns tasks into prompts and seeds, and completions back into groups. How com
 the engine's; what they are worth is scoring's.
 """
 
-import threading
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -15,11 +14,7 @@ from swarm.policy import Policy
 from swarm.seeds import fold_seed
 from swarm.types import Completion, RolloutGroup, Task
 
-__all__ = ["CollectionStopped", "RolloutCollector"]
-
-
-class CollectionStopped(Exception):
-    """`stop` was called while groups were being collected; the engine holds nothing of them."""
+__all__ = ["RolloutCollector"]
 
 
 class RolloutCollector:
@@ -31,13 +26,9 @@ class RolloutCollector:
             config.max_new_tokens, temperature=config.temperature, top_p=config.top_p, top_k=config.top_k
         )
         self._next_request_id = 0
-        self._stopping = threading.Event()
 
     def collect(self, tasks: Sequence[Task], *, round_index: int) -> list[RolloutGroup]:
-        """Return one group per task, in order. The noise depends on seed, round, task and completion alone.
-
-        Raises CollectionStopped soon after another thread has called `stop`.
-        """
+        """Return one group per task, in order. The noise depends on seed, round, task and completion alone."""
         requests = [
             Request(self._new_id(), prompt_ids, fold_seed(self._seed, round_index, place, index), self._sampling)
             for place, prompt_ids in enumerate(self._policy.encode_prompt(task.question) for task in tasks)
@@ -57,10 +48,6 @@ class RolloutCollector:
         """Give the engine new weights."""
         self._engine.load_policy(state, version)
 
-    def stop(self) -> None:
-        """Make a running `collect` raise CollectionStopped after its current decode step. Any thread."""
-        self._stopping.set()
-
     def _new_id(self) -> int:
         self._next_request_id += 1
         return self._next_request_id
@@ -70,8 +57,5 @@ class RolloutCollector:
         self._engine.submit(requests)
         done: dict[int, Completion] = {}
         while self._engine.num_unfinished:
-            if self._stopping.is_set():
-                self._engine.abort()
-                raise CollectionStopped
             done.update((completion.request_id, completion) for completion in self._engine.step())
         return done

@@ -1,4 +1,3 @@
-import threading
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
@@ -10,7 +9,7 @@ from swarm.config import EngineConfig, ModelConfig, RolloutConfig
 from swarm.engine.base import Engine, EngineStats, Request, SamplingParams
 from swarm.engine.torch import TorchEngine
 from swarm.policy import load_policy
-from swarm.rollout.collector import CollectionStopped, RolloutCollector
+from swarm.rollout.collector import RolloutCollector
 from swarm.seeds import fold_seed
 from swarm.types import Completion, Segment, Task
 
@@ -27,7 +26,6 @@ class ReverseEngine(Engine):
         self.waiting: list[Request] = []
         self.seen: list[Request] = []
         self.loaded: list[tuple[object, int]] = []
-        self.on_step = lambda: None
 
     @property
     def num_unfinished(self) -> int:
@@ -38,7 +36,6 @@ class ReverseEngine(Engine):
         self.seen.extend(requests)
 
     def step(self) -> list[Completion]:
-        self.on_step()
         request = self.waiting.pop()
         return [Completion(request.request_id, (request.seed % 97,), (-1.0,), (Segment(0, 0, 1),), "stop")]
 
@@ -99,28 +96,6 @@ def test_noise_depends_on_seed_round_place_and_index_alone():
     more = RolloutCollector(engine, BytePolicy(), CONFIG.model_copy(update={"num_completions": 4}), seed=5)
     assert seeds(more, engine, "a", "b")[:3] == first[:3]
     assert len(set(first)) == 6
-
-
-def test_stop_ends_a_collection_and_leaves_the_engine_empty():
-    engine = ReverseEngine()
-    collector = RolloutCollector(engine, BytePolicy(), CONFIG, seed=5)
-    num_steps = 0
-
-    def stop_at_the_third_step() -> None:
-        nonlocal num_steps
-        num_steps += 1
-        if num_steps == 3:
-            other = threading.Thread(target=collector.stop)
-            other.start()
-            other.join()
-
-    engine.on_step = stop_at_the_third_step
-    with pytest.raises(CollectionStopped):
-        collector.collect(tasks("a", "b"), round_index=0)
-    assert (num_steps, engine.num_unfinished) == (3, 0)
-    with pytest.raises(CollectionStopped):
-        collector.collect(tasks("a"), round_index=1)
-    assert (num_steps, engine.num_unfinished) == (3, 0)
 
 
 def test_no_tasks_no_groups():
