@@ -9,7 +9,6 @@ had not come to are scored by another. What confines a process is `sandbox`'s, w
 import math
 import selectors
 import signal
-import tempfile
 import threading
 from collections import Counter, deque
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from protocol.messages import TaskRef
 from swarm.config import ScoringConfig, TasksConfig
 from swarm.errors import ScoringError, UnknownSource
 from swarm.scoring.child import ChildConfig
+from swarm.scoring.folder import WorkFolder
 from swarm.scoring.sandbox import sandbox_layers
 from swarm.scoring.worker import CHILD_PROGRAM, Job, Worker
 from swarm.tasks import build_task_set, extract_answer
@@ -55,7 +55,7 @@ class ScoringPool:
         self._program = program
         self._lock = threading.Lock()
         self._workers: list[Worker] = []
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._folder: WorkFolder | None = None
         self._num_failed_starts = 0
         self._num_blameless_deaths = 0
         self.counts: Counter[Outcome] = Counter()
@@ -91,7 +91,7 @@ class ScoringPool:
         """
         with self._lock:
             if self._folder is None:
-                self._folder = tempfile.TemporaryDirectory(prefix="swarm-scoring-")
+                self._folder = WorkFolder()
                 self._workers = [self._new_worker() for _ in range(self._scoring.num_workers)]
             try:
                 self._run(deque(), {}, until_ready=wait)
@@ -155,7 +155,7 @@ class ScoringPool:
         if self._folder is None:
             raise ScoringError("the scoring pool is closed; start it first")
         return Worker(
-            self._config, folder=self._folder.name, program=self._program, wall_limit_s=self._scoring.wall_limit_s
+            self._config, folder=str(self._folder.path), program=self._program, wall_limit_s=self._scoring.wall_limit_s
         )
 
     def _run(self, todo: deque[Job], done: dict[int, Score], *, until_ready: bool = False) -> None:
@@ -233,5 +233,5 @@ class ScoringPool:
             worker.forget()
         self._workers = []
         if self._folder is not None:
-            self._folder.cleanup()
+            self._folder.close()
             self._folder = None
