@@ -180,6 +180,7 @@ class Node:
         """Build the parts, bring them to the last good state, and evaluate a policy that has not learned yet."""
         self._enter("start")
         self._parts = await self._in_torch(self._build_parts, self.config, self.stopping)
+        self.display.loaded()
         self._enter("replay")
         restored = await self._in_torch(self.recorder.restore, self.parts.trainer, self.stopping.is_set)
         for note in restored.notes:

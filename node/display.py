@@ -51,7 +51,11 @@ class Display(ABC):
 
     @abstractmethod
     def begin(self, info: RunInfo) -> None:
-        """The run is about to be loaded."""
+        """The run is about to be loaded; whether it can be is not known yet."""
+
+    @abstractmethod
+    def loaded(self) -> None:
+        """Model and tasks are there, and the run folder is written to from now on."""
 
     @abstractmethod
     def note(self, text: str) -> None:
@@ -83,10 +87,16 @@ class JsonDisplay(Display):
     def __init__(self, out: TextIO, err: TextIO) -> None:
         self._out = out
         self._err = err
+        self._info = RunInfo("", "", 0, "")
 
     def begin(self, info: RunInfo) -> None:
+        """Say on stderr what is loaded."""
+        self._info = info
+        self.note(f"{info.model} on {info.tasks}")
+
+    def loaded(self) -> None:
         """Say on stderr where the run is written."""
-        self.note(f"{info.model} on {info.tasks}, writing to {info.folder}")
+        self.note(f"writing to {self._info.folder}")
 
     def note(self, text: str) -> None:
         """Print a line on stderr."""
@@ -115,11 +125,17 @@ class PlainDisplay(Display):
         self._begin = clock()
         self._last_line_at: float | None = None
         self._progress = Progress(0)
+        self._info = RunInfo("", "", 0, "")
 
     def begin(self, info: RunInfo) -> None:
-        """Say what is run and where it is written."""
+        """Say what is loaded."""
+        self._info = info
         self._progress = Progress(info.rounds)
-        self.note(f"{info.model} on {info.tasks}, {info.rounds} rounds, writing to {info.folder}")
+        self.note(f"{info.model} on {info.tasks}, {info.rounds} rounds")
+
+    def loaded(self) -> None:
+        """Say where the run is written."""
+        self.note(f"writing to {self._info.folder}")
 
     def note(self, text: str) -> None:
         """Print a line."""

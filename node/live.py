@@ -49,6 +49,7 @@ class LiveDisplay(Display):
         self._info = RunInfo("", "", 0, "")
         self._progress = Progress(0)
         self._phase = "start"
+        self._folder = ""  # shown once it is written to
         self._row: Mapping[str, Any] | None = None
         self._averages: list[float] = []
         self._heldout: list[tuple[int, float]] = []
@@ -62,6 +63,10 @@ class LiveDisplay(Display):
             get_renderable=self.render, console=self._console, refresh_per_second=_REFRESH_PER_S, transient=False
         )
         self._live.start()
+
+    def loaded(self) -> None:
+        """Show where the run is written."""
+        self._folder = self._info.folder
 
     def note(self, text: str) -> None:
         """Print a line above the panel."""
@@ -125,9 +130,8 @@ class LiveDisplay(Display):
             table.add_row("memory", f"{row['peak_rss_bytes'] / 2**20:,.0f} MiB at most")
         table.add_row("now", Text(_PHASES.get(self._phase, self._phase), style="dim"))
         title = f"swarm-node silo · {self._info.model} on {self._info.tasks}"
-        return Panel(
-            Group(table), title=Text(title), title_align="left", subtitle=Text(self._info.folder), expand=False
-        )
+        subtitle = Text(self._folder) if self._folder else None
+        return Panel(Group(table), title=Text(title), title_align="left", subtitle=subtitle, expand=False)
 
     def _round_line(self, done: int) -> Table:
         line = Table.grid(padding=(0, 2))

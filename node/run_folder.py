@@ -40,7 +40,7 @@ class RunFolder:
         self.picture = path / "reward.png"
         self._lock_path = path / "lock"
         self._lock: int | None = None
-        self._made_folder = False
+        self._made: list[Path] = []  # folders that were not there before, the outermost first
 
     @property
     def occupied(self) -> bool:
@@ -50,7 +50,7 @@ class RunFolder:
     def __enter__(self) -> "RunFolder":
         """Make the folder and take its lock."""
         try:
-            self._made_folder = not self.path.exists()
+            self._made = [path for path in (*reversed(self.path.parents), self.path) if not path.exists()]
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self._lock_path, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
@@ -70,11 +70,15 @@ class RunFolder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Give the lock back, which would also end with the process; a folder that nothing was put in goes."""
+        """Give the lock back, which would also end with the process; folders that nothing was put in go."""
         if self._lock is not None:
-            if self._made_folder and os.listdir(self.path) == [self._lock_path.name]:
+            if self.path in self._made and os.listdir(self.path) == [self._lock_path.name]:
                 self._lock_path.unlink()
-                self.path.rmdir()
+                for path in reversed(self._made):
+                    try:
+                        path.rmdir()
+                    except OSError:
+                        break  # somebody else has put something there
             os.close(self._lock)
             self._lock = None
 

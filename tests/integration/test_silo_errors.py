@@ -32,6 +32,13 @@ def test_a_mistake_that_shows_while_loading_is_one_line_and_leaves_no_folder(wor
     assert not (workplace.path / "run").exists()
 
 
+def test_a_mistake_without_a_run_folder_says_nothing_of_one_and_leaves_no_runs(workplace):
+    done = workplace.run("silo", "--model", "no/such/folder", "--tasks", "questions.jsonl")
+    assert done.returncode == 2
+    assert "runs/" not in done.stdout + done.stderr
+    assert not (workplace.path / "runs").exists()
+
+
 def test_a_finished_run_is_not_overwritten_and_json_has_one_object_a_round(workplace):
     done = workplace.run(*workplace.silo("run", 3, "--json"))
     assert done.returncode == 0, done.stderr

@@ -29,6 +29,8 @@ class QuietDisplay(Display):
 
     def begin(self, info) -> None: ...
 
+    def loaded(self) -> None: ...
+
     def note(self, text: str) -> None:
         self.notes.append(text)
 

@@ -29,7 +29,10 @@ def test_only_one_process_may_use_a_folder(tmp_path):
 def test_a_folder_in_which_nothing_came_to_be_is_not_left_behind(tmp_path):
     with RunFolder(tmp_path / "runs" / "new"):
         pass
-    assert not (tmp_path / "runs" / "new").exists()
+    assert not (tmp_path / "runs").exists()
+    with RunFolder(tmp_path / "runs" / "kept") as folder, RunFolder(tmp_path / "runs" / "new"):
+        folder.metrics.touch()
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["kept"]
     (tmp_path / "mine").mkdir()
     with RunFolder(tmp_path / "mine"):
         pass
