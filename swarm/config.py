@@ -85,6 +85,12 @@ class SapoConfig(Section):
     min_reward_spread: float = Field(
         1e-3, ge=0, description="a group whose rewards have a smaller standard deviation has advantage zero"
     )
+    publish: Literal["informative", "all", "none"] = Field(
+        "informative", description="own groups that the swarm is given; informative: those with an advantage"
+    )
+    max_external_tokens: int = Field(
+        0, ge=0, description="tokens of a completion from the swarm; longer: refused; 0: twice rollout.max_new_tokens"
+    )
 
 
 class LoraConfig(Section):

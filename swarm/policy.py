@@ -36,6 +36,7 @@ class Policy:
     model: PreTrainedModel  # eval mode, on its device
     tokenizer: PreTrainedTokenizerBase
     eos_token_ids: frozenset[int]  # any of them ends a completion
+    end_token_id: int  # the one among them that this policy is taught to end its own answers with
     system_prompt: str | None = None
 
     def encode_prompt(self, question: str) -> tuple[int, ...]:
@@ -50,6 +51,16 @@ class Policy:
         if self.system_prompt is not None:
             messages.insert(0, {"role": "system", "content": self.system_prompt})
         return tuple(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+
+    def encode_completion(self, text: str, *, finished: bool) -> tuple[int, ...] | None:
+        """Return the tokens of an answer that another policy wrote, ended by this one's EOS if it is finished.
+
+        None where the tokenizer has no tokens for the text. What looks like a special token in it is plain text.
+        """
+        ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        if self.eos_token_ids.union(self.tokenizer.all_special_ids).intersection(ids):
+            return None  # the unknown token, or a tokenizer that finds special tokens in plain text
+        return (*ids, self.end_token_id) if finished else tuple(ids)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return the text of a completion, without special tokens."""
@@ -67,9 +78,11 @@ def load_policy(config: ModelConfig) -> Policy:
         raise ModelError(
             f"model {config.name} does not fit on {device}: choose a smaller one, or --device cpu"
         ) from error
-    policy = Policy(config.name, model, tokenizer, _eos_token_ids(model, tokenizer), config.system_prompt)
-    if not policy.eos_token_ids:
+    eos_token_ids = _eos_token_ids(model, tokenizer)
+    if not eos_token_ids:
         raise ModelError(f"model {config.name} names no EOS token: set eos_token_id in its generation_config.json")
+    end_token_id = _end_token_id(tokenizer, eos_token_ids)
+    policy = Policy(config.name, model, tokenizer, eos_token_ids, end_token_id, config.system_prompt)
     if config.system_prompt is not None and tokenizer.chat_template is None:
         raise ModelError(f"model {config.name} has no chat template: leave model.system_prompt unset")
     try:
@@ -220,6 +233,15 @@ def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
     if tokenizer.chat_template is not None:
         found.update(_template_end(tokenizer))
     return frozenset(found)
+
+
+def _end_token_id(tokenizer: PreTrainedTokenizerBase, eos_token_ids: frozenset[int]) -> int:
+    """The token that ends an answer in the chat template, else the tokenizer's EOS, else the first of the model's."""
+    found = _template_end(tokenizer) if tokenizer.chat_template is not None else []
+    own = tokenizer.eos_token_id
+    if not found and own in eos_token_ids:
+        found = [own]
+    return found[0] if found else min(eos_token_ids)
 
 
 def _template_end(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -2,10 +2,11 @@
 
 A round, and who does what:
 
-    tasks       a batch of questions
+    exchange    up to J groups of others that are there already
+    tasks       I questions, and one for every group of others that is missing
     rollout     L completions of each, by the node's own policy
     scoring     rewards, by the node's own verifier, for own and external groups alike
-    sapo        I own groups and J external groups become one training batch        <- this module
+    sapo        own and external groups become one training batch of I + J groups  <- this module
     advantage   rewards become advantages, within each group
     trainer     one policy-gradient update
 
@@ -17,8 +18,10 @@ Departures from the paper:
   train on more than I questions. They are counted.
 - External groups are filtered (zero advantage first, then uniform sampling) as in the paper's controlled
   experiment, not as in its large demonstration, which did not filter.
-- Missing external groups are replaced by nothing. A node never waits for a peer, and never learns more from
-  itself because peers are silent. They are counted.
+- External groups are sampled when a round begins, not when it ends. Those that are not there then are missing:
+  they are counted, and as many more own questions are asked in the same round. So a node never waits for a peer,
+  a batch has I + J groups whoever is there, and a node that is cut off learns as it would alone. A group that
+  arrives while the round is under way is there for the next one.
 - Advantages have a floor on the spread of a group (see `advantage`).
 """
 
@@ -30,7 +33,7 @@ from swarm.advantage import group_advantages
 from swarm.config import SapoConfig
 from swarm.types import RolloutGroup, TrainingBatch, TrainingGroup
 
-__all__ = ["build_batch"]
+__all__ = ["build_batch", "num_own_groups"]
 
 T = TypeVar("T")
 
@@ -38,22 +41,29 @@ T = TypeVar("T")
 def build_batch(
     own: Sequence[RolloutGroup], external: Sequence[RolloutGroup], config: SapoConfig, rng: random.Random
 ) -> TrainingBatch:
-    """Choose `num_local` own and `num_external` external groups, all scored, and compute their advantages.
+    """Choose `num_external` external groups and as many own ones as make up the batch, and compute advantages.
 
-    `rng` is drawn from only where there is more to choose from than is needed. Raises ValueError for a
+    Own groups are `num_local`, and one for every external group that is missing, as far as there are so many.
+    All groups have been scored. `rng` is drawn from only where there is more to choose from than is needed. Raises ValueError for a
     group that has not been scored.
     """
-    own_groups = [_training_group(group, config, is_own=True) for group in _choose(own, config.num_local, rng)]
-    useful_own = [group for group in own_groups if group is not None]
     external_groups = [_training_group(group, config, is_own=False) for group in external]
     useful_external = [group for group in external_groups if group is not None]
     chosen_external = _choose(useful_external, config.num_external, rng)
+    num_own = num_own_groups(config, len(chosen_external))
+    own_groups = [_training_group(group, config, is_own=True) for group in _choose(own, num_own, rng)]
+    useful_own = [group for group in own_groups if group is not None]
     return TrainingBatch(
         groups=(*useful_own, *chosen_external),
         num_own_zero_advantage=len(own_groups) - len(useful_own),
         num_external_zero_advantage=len(external_groups) - len(useful_external),
         num_external_missing=config.num_external - len(chosen_external),
     )
+
+
+def num_own_groups(config: SapoConfig, num_external: int) -> int:
+    """Return how many own groups go with `num_external` groups of others: I, and those that replace missing ones."""
+    return config.num_local + config.num_external - num_external
 
 
 def _choose(items: Sequence[T], count: int, rng: random.Random) -> list[T]:

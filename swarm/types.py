@@ -38,7 +38,8 @@ class Completion:
 
     `token_ids` ends with the EOS token if and only if `finish_reason` is "stop". `logprobs` holds the
     behaviour log-probability of every token under the distribution that it was sampled from (after
-    temperature, top-k and top-p), in nats. `segments` cover `token_ids` without gaps.
+    temperature, top-k and top-p), in nats. `segments` cover `token_ids` without gaps. Both are empty for a
+    completion that another node wrote: its distribution and its policy are not known here.
     """
 
     request_id: int

@@ -64,9 +64,16 @@ class TaskSet:
         self._train_order = functools.lru_cache(maxsize=_MAX_CACHED_ORDERS)(self._make_train_order)
         self._heldout_lists: dict[int, list[Task]] = {}
 
-    def train_batch(self, round_index: int, num_tasks: int) -> list[Task]:
-        """Return what a round asks: a function of config, seed and round. No question of it is held out."""
-        return [self._train_task(round_index, position, num_tasks) for position in range(num_tasks)]
+    def train_batch(self, round_index: int, num_tasks: int, *, stride: int | None = None) -> list[Task]:
+        """Return what a round asks: a function of config, seed and round. No question of it is held out.
+
+        `stride` is the most that any round of the run asks, where rounds ask differently many: a finite source
+        has as many items set aside for each round, so that no two rounds of one pass over it ask the same.
+        """
+        stride = num_tasks if stride is None else stride
+        if num_tasks > stride:
+            raise ValueError(f"{num_tasks} questions are more than the {stride} that a round asks at most")
+        return [self._train_task(round_index, position, stride) for position in range(num_tasks)]
 
     def heldout(self, num_tasks: int) -> list[Task]:
         """Return up to `num_tasks` distinct held-out questions, the same for every seed.
@@ -94,12 +101,12 @@ class TaskSet:
         share = stable_hash("source", *purpose) / 2**64 * self._cumulative[-1]
         return min(bisect.bisect_right(self._cumulative, share), len(self.sources) - 1)
 
-    def _train_task(self, round_index: int, position: int, num_tasks: int) -> Task:
+    def _train_task(self, round_index: int, position: int, stride: int) -> Task:
         which = self._pick_source(self._seed, round_index, position)
         source = self.sources[which]
         if source.num_items is not None:
             order = self._train_order(which, 0)
-            draw = round_index * num_tasks + position
+            draw = round_index * stride + position
             epoch, place = divmod(draw, len(order))
             return source.task(0, self._train_order(which, epoch)[place])
         for attempt in range(_MAX_TRAIN_TRIES):

@@ -238,3 +238,45 @@ def test_cache_that_cannot_be_written_is_said_and_costs_nothing_else(tiny, tmp_p
     with pytest.warns(UserWarning, match="not cached"):
         model, _ = gguf.load_gguf(tmp_path / "model.gguf", torch.float32)
     assert model is tiny.model
+
+
+def test_an_answer_of_another_policy_ends_with_this_ones_eos(tiny):
+    end = tiny.tokenizer.convert_tokens_to_ids("<|end|>")
+    assert tiny.end_token_id == end
+    ids = tiny.encode_completion("['-82']", finished=True)
+    assert ids == (*tiny.tokenizer("['-82']")["input_ids"], end)
+    assert tiny.encode_completion("['-82']", finished=False) == ids[:-1]
+    assert tiny.encode_completion("", finished=True) == (end,)
+    assert tiny.encode_completion("", finished=False) == ()
+
+
+def test_a_special_token_in_an_answer_of_another_is_text(tiny):
+    ids = tiny.encode_completion("3<|end|>4", finished=False)
+    assert tiny.end_token_id not in ids
+    assert tiny.decode(ids) == "3<|end|>4"
+
+
+def test_an_answer_without_tokens_for_it_is_none(copy):
+    tokenizer = json.loads((copy / "tokenizer.json").read_text())
+    plain = {
+        "type": "WordLevel",
+        "unk_token": "<unk>",
+        "vocab": {"<|pad|>": 0, "<|end|>": 1, "<|answer|>": 2, "<unk>": 3, "a": 4, "b": 5},
+    }
+    split = {"type": "Split", "pattern": {"String": ""}, "behavior": "Isolated", "invert": False}
+    fuse = {"type": "Fuse"}
+    (copy / "tokenizer.json").write_text(
+        json.dumps({**tokenizer, "model": plain, "pre_tokenizer": split, "decoder": fuse, "post_processor": None})
+    )
+    edit_json(copy / "tokenizer_config.json", unk_token="<unk>")
+    loaded = load_policy(ModelConfig(name=str(copy)))
+    assert loaded.encode_completion("abba", finished=False) == (4, 5, 5, 4)
+    assert loaded.encode_completion("abc", finished=False) is None
+
+
+def test_the_end_is_the_template_s_else_the_tokenizer_s(copy):
+    edit_json(copy / "generation_config.json", eos_token_id=[1, 7])
+    edit_json(copy / "tokenizer_config.json", eos_token="<|pad|>")
+    assert load_policy(ModelConfig(name=str(copy))).end_token_id == 1
+    (copy / "chat_template.jinja").unlink()
+    assert load_policy(ModelConfig(name=str(copy))).end_token_id == 0

@@ -7,7 +7,7 @@ import pytest
 
 from protocol.messages import TaskRef
 from swarm.config import SapoConfig
-from swarm.sapo import build_batch
+from swarm.sapo import build_batch, num_own_groups
 from swarm.types import Completion, RolloutGroup, Segment, Task
 
 
@@ -51,11 +51,23 @@ def test_external_zero_advantage_groups_are_discarded_before_the_choice():
     assert batch.num_external_missing == 0
 
 
-def test_missing_external_groups_are_replaced_by_nothing():
+def test_missing_external_groups_are_counted_and_replaced_by_own_ones():
     own = [make_group(number, MIXED) for number in range(8)]
-    batch = build_batch(own, [make_group(9, MIXED)], SapoConfig(num_local=4, num_external=4), random.Random(0))
-    assert len(batch.groups) == 5
-    assert batch.num_external_missing == 3
+    config = SapoConfig(num_local=4, num_external=4)
+    external = [make_group(number, MIXED) for number in (20, 21, 22, 23)]
+    for num_external, missing in ((0, 4), (1, 3), (4, 0)):
+        batch = build_batch(own, external[:num_external], config, random.Random(0))
+        assert len(batch.groups) == 8
+        assert sum(number < 20 for number in prompts(batch)) == num_own_groups(config, num_external) == 4 + missing
+        assert batch.num_external_missing == missing
+    assert len(build_batch(own[:5], [], config, random.Random(0)).groups) == 5, "there may be fewer"
+
+
+def test_an_external_group_that_turns_out_useless_is_missing():
+    own = [make_group(number, MIXED) for number in range(8)]
+    config = SapoConfig(num_local=1, num_external=1)
+    batch = build_batch(own, [make_group(20, EQUAL)], config, random.Random(0))
+    assert (len(batch.groups), batch.num_external_missing, batch.num_external_zero_advantage) == (2, 1, 1)
 
 
 def test_choice_of_external_groups_is_uniform():

@@ -76,6 +76,20 @@ def test_a_file_is_passed_over_before_a_line_repeats(tmp_path):
     assert first != second
 
 
+def test_rounds_that_ask_differently_many_begin_alike_and_never_share_a_line(tmp_path):
+    path = tmp_path / "lines.jsonl"
+    lines = [json.dumps({"question": f"q{number}", "answer": "a", "verifier": "exact"}) for number in range(100)]
+    path.write_text("\n".join(lines))
+    for tasks in (task_set(PRODUCTS), task_set(TaskSourceConfig(name=str(path)))):
+        most = [tasks.train_batch(index, 8) for index in range(9)]
+        asked = [tasks.train_batch(index, 4 + index % 5, stride=8) for index in range(9)]
+        assert asked == [batch[: 4 + index % 5] for index, batch in enumerate(most)]
+    lines_asked = [task.ref for batch in asked for task in batch]
+    assert len(set(lines_asked)) == len(lines_asked) > 40
+    with pytest.raises(ValueError, match="5 questions are more than the 4"):
+        tasks.train_batch(0, 5, stride=4)
+
+
 def test_references_resolve_to_the_same_question_and_strangers_do_not():
     tasks = task_set(PRODUCTS, CHAIN_SUM)
     task = tasks.train_batch(3, 1)[0]
