@@ -44,8 +44,8 @@ def build_batch(
     """Choose `num_external` external groups and as many own ones as make up the batch, and compute advantages.
 
     Own groups are `num_local`, and one for every external group that is missing, as far as there are so many.
-    All groups have been scored. `rng` is drawn from only where there is more to choose from than is needed. Raises ValueError for a
-    group that has not been scored.
+    All groups have been scored. `rng` is drawn from only where there is more to choose from than is needed.
+    Raises ValueError for a group that has not been scored.
     """
     external_groups = [_training_group(group, config, is_own=False) for group in external]
     useful_external = [group for group in external_groups if group is not None]
