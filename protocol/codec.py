@@ -1,9 +1,10 @@
-"""Canonical MessagePack: one value has one encoding, and every size limit is here.
+"""Canonical MessagePack: one value has one encoding.
 
 A value is None, a bool, an integer of 64 bits, a finite float, a string, bytes, a list (tuples are written
 as lists), or a mapping with string keys. Keys are written in the order of their UTF-8 bytes, integers in
 their shortest form, floats with 64 bits. `decode` refuses every other encoding of the same value, so that
-equal digests mean equal bytes. What a record means is `messages`'s; signing is `signing`'s.
+equal digests mean equal bytes. What a record means is `messages`'s, which fields it has is `wire`'s, signing is
+`signing`'s, and how large anything may be is `limits`'s.
 """
 
 import hashlib
@@ -15,29 +16,28 @@ from typing import Any
 import msgpack
 
 from protocol.errors import CodecError
+from protocol.limits import MAX_DEPTH, MAX_FILE_RECORD_BYTES, MAX_RECORD_BYTES, MAX_SOURCE_BYTES, MAX_UINT64
 from protocol.messages import TaskRef
 
-__all__ = [
-    "DIGEST_HEX_DIGITS",
-    "MAX_DEPTH",
-    "MAX_FILE_RECORD_BYTES",
-    "MAX_RECORD_BYTES",
-    "MAX_SOURCE_BYTES",
-    "decode",
-    "digest",
-    "encode",
-    "pack_task_ref",
-    "unpack_task_ref",
-]
+__all__ = ["DIGEST_HEX_DIGITS", "decode", "digest", "encode", "pack_task_ref", "unpack_task_ref"]
 
-MAX_RECORD_BYTES = 4 * 2**20  # one record from a peer
-MAX_FILE_RECORD_BYTES = 1 * 2**30  # one record of the node's own files (journal, checkpoint)
-MAX_DEPTH = 16  # containers within containers
-MAX_SOURCE_BYTES = 128  # UTF-8 length of a task source's name
 DIGEST_HEX_DIGITS = 32  # 128 bits of SHA-256
 
-_MAX_UNSIGNED = 2**64 - 1
 _MIN_SIGNED = -(2**63)
+
+# MessagePack's tags from 0xc0 to 0xdf: bytes of the length, bytes always there, bytes and values per unit of length.
+_SCALAR, _BINARY, _EXTENSION, _ARRAY, _MAP = (0, 0), (1, 0), (1, 0), (0, 1), (0, 2)
+_LAYOUT = (
+    *((0, 0, *_SCALAR) for _ in range(4)),  # nil, reserved, false, true
+    *((n, 0, *_BINARY) for n in (1, 2, 4)),
+    *((n, 1, *_EXTENSION) for n in (1, 2, 4)),
+    *((0, n, *_SCALAR) for n in (4, 8)),  # floats
+    *((0, n, *_SCALAR) for n in (1, 2, 4, 8) * 2),  # unsigned and signed integers
+    *((0, n, *_SCALAR) for n in (2, 3, 5, 9, 17)),  # extensions of fixed length
+    *((n, 0, *_BINARY) for n in (1, 2, 4)),  # strings
+    *((n, 0, *_ARRAY) for n in (2, 4)),
+    *((n, 0, *_MAP) for n in (2, 4)),
+)
 
 
 def encode(value: object, *, max_bytes: int = MAX_RECORD_BYTES) -> bytes:
@@ -51,14 +51,17 @@ def encode(value: object, *, max_bytes: int = MAX_RECORD_BYTES) -> bytes:
     return data
 
 
-def decode(data: bytes, *, max_bytes: int = MAX_RECORD_BYTES) -> Any:
+def decode(data: bytes, *, max_bytes: int = MAX_RECORD_BYTES, max_values: int | None = None) -> Any:
     """Return the value of a canonical encoding; its containers are lists and dicts.
 
     Raises CodecError for anything else. Memory stays proportional to `len(data)`, whatever lengths the
     data declares: the structure is walked without building anything before a container is allocated.
+    `max_values` bounds the scalars and containers: a million small values take far more memory than bytes.
     """
     if len(data) > max_bytes:
         raise CodecError(f"a record of {len(data)} bytes is over the limit of {max_bytes}")
+    if max_values is not None:
+        _check_num_values(data, max_values)
     try:
         walk = msgpack.Unpacker(max_buffer_size=max(len(data), 1))
         walk.feed(data)
@@ -93,9 +96,36 @@ def unpack_task_ref(value: object) -> TaskRef:
     if not isinstance(source_digest, str) or not re.fullmatch(f"[0-9a-f]{{{DIGEST_HEX_DIGITS}}}", source_digest):
         raise CodecError(f"a task source's digest has {DIGEST_HEX_DIGITS} hex digits")
     for name, number in (("seed", seed), ("index", index)):
-        if type(number) is not int or not 0 <= number <= _MAX_UNSIGNED:
+        if type(number) is not int or not 0 <= number <= MAX_UINT64:
             raise CodecError(f"a task's {name} is an unsigned integer of 64 bits")
     return TaskRef(source, source_digest, seed, index)
+
+
+def _check_num_values(data: bytes, max_values: int) -> None:
+    """Raise CodecError where `data` begins with more than `max_values` values, after looking at no more than those.
+
+    Bytes that are no MessagePack are not this function's to refuse: it reads as far as they make sense.
+    """
+    position, num_due = 0, 1  # values that the containers so far promise
+    for num_seen in range(1, max_values + 2):
+        if num_due == 0 or position >= len(data):
+            return
+        if num_seen > max_values:
+            raise CodecError(f"a record of more than {max_values} values")
+        tag = data[position]
+        if tag < 0x80 or tag >= 0xE0:  # an integer in the tag
+            skip, num_inside = 1, 0
+        elif tag < 0xA0:  # a map or an array whose length is in the tag
+            skip, num_inside = 1, (tag & 15) * (2 if tag < 0x90 else 1)
+        elif tag < 0xC0:  # a string whose length is in the tag
+            skip, num_inside = 1 + (tag & 31), 0
+        else:
+            num_length_bytes, num_fixed_bytes, bytes_per_unit, values_per_unit = _LAYOUT[tag - 0xC0]
+            length = int.from_bytes(data[position + 1 : position + 1 + num_length_bytes], "big")
+            skip = 1 + num_length_bytes + num_fixed_bytes + length * bytes_per_unit
+            num_inside = length * values_per_unit
+        position += skip
+        num_due += num_inside - 1
 
 
 def _canonical(value: object, depth: int) -> object:
@@ -103,7 +133,7 @@ def _canonical(value: object, depth: int) -> object:
     if value is None or isinstance(value, bool | str | bytes):
         return value
     if isinstance(value, int):
-        if not _MIN_SIGNED <= value <= _MAX_UNSIGNED:
+        if not _MIN_SIGNED <= value <= MAX_UINT64:
             raise CodecError(f"{value} does not fit 64 bits")
         return int(value)
     if isinstance(value, float):

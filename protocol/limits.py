@@ -18,6 +18,7 @@ __all__ = [
     "MAX_COMPLETIONS",
     "MAX_COMPLETION_BYTES",
     "MAX_DEPTH",
+    "MAX_FILE_RECORD_BYTES",
     "MAX_FRAMES",
     "MAX_FRAME_BYTES",
     "MAX_FUTURE_SKEW_S",
@@ -30,6 +31,8 @@ __all__ = [
     "MAX_PEERS_RESPONSE_BYTES",
     "MAX_PULL_REQUEST_BYTES",
     "MAX_PULL_RESPONSE_BYTES",
+    "MAX_QUIET_S",
+    "MAX_RECORD_BYTES",
     "MAX_REFUSAL_CODE_CHARS",
     "MAX_REFUSAL_DETAIL_CHARS",
     "MAX_REPAIR_REQUEST_BYTES",
@@ -55,6 +58,8 @@ ROOT_BYTES = 32  # SHA-256
 DIGEST_BYTES = 16  # a task source's digest, a frame's digest: 128 bits, beyond any search for a second preimage
 MAX_UINT64 = 2**64 - 1
 MAX_DEPTH = 16  # containers within containers, in any record
+MAX_RECORD_BYTES = 4 * 2**20  # any one record from a peer
+MAX_FILE_RECORD_BYTES = 1 * 2**30  # one record of the node's own files (journal, checkpoint)
 
 # A group and its frame.
 MAX_SOURCE_BYTES = 128  # UTF-8 of a task source's name
@@ -66,7 +71,7 @@ ZSTD_LEVEL = 9  # of what this node writes: 4 ms a group; higher levels gain und
 
 # A batch and its announcement.
 MAX_FRAMES = 64  # in one batch: which of them a peer holds is one 64-bit mask
-MAX_BATCH_BYTES = 4 * 2**20  # all frames of one batch
+MAX_BATCH_BYTES = 4 * 2**20 - 4 * 2**10  # all frames of one batch: what one response can carry
 MAX_ANNOUNCEMENT_BYTES = 1024  # signature included; with 64 frames of the largest size it has 470
 FRESHNESS_S = 600  # an announcement older than this is stale: nobody trains on it, nobody keeps it
 MAX_FUTURE_SKEW_S = 60  # how far a peer's clock may be ahead: what NTP does not mend within a minute is wrong
@@ -81,20 +86,21 @@ MAX_TASKS = 32  # names of sources; the record's own size is the narrower limit
 MAX_SWARM_ID_BYTES = 64  # UTF-8, at least one
 
 # Requests and responses.
-MAX_RESPONSE_BYTES = 4 * 2**20  # any response, as every transport can carry it
+MAX_RESPONSE_BYTES = 4 * 2**20  # any response: what every transport can carry
 MAX_OFFERS = 256  # announcements in one `announce` or in one response to `repair`
 MAX_ANNOUNCE_REQUEST_BYTES = 64 * 2**10  # an announcement of a few frames has 160 bytes: room for 256
 MAX_REPAIR_RESPONSE_BYTES = 64 * 2**10  # the same; whoever lacks more asks again
 MAX_BLOOM_BYTES = 16 * 2**10  # the filter in `repair`: 10,000 announcements at 13 bits each, 0.2 % found by mistake
 MAX_BLOOM_HASHES = 16
+MAX_QUIET_S = 255  # for which a node may ask another to send it no announcements
 SALT_BYTES = 8  # of the filter: what it hides by mistake once, it shows the next time
 MAX_REPAIR_REQUEST_BYTES = MAX_BLOOM_BYTES + 64
 MAX_HELLO_BYTES = MAX_NODE_RECORD_BYTES + 256  # both ways
-MAX_SMALL_REQUEST_BYTES = 64  # `peers`
+MAX_SMALL_REQUEST_BYTES = 64  # `peers`, and the response to `announce`: room for what newer versions add
 MAX_PEERS = 64  # node records in a response to `peers`
 MAX_PEERS_RESPONSE_BYTES = MAX_PEERS * (MAX_NODE_RECORD_BYTES + 8)
 MAX_PULL_REQUEST_BYTES = 256
-MAX_PULL_RESPONSE_BYTES = MAX_RESPONSE_BYTES  # frames beyond it are left out, and can be asked for again
+MAX_PULL_RESPONSE_BYTES = MAX_RESPONSE_BYTES  # an asker knows the exact size beforehand and asks for no more
 
 # Refusals that a peer is told.
 MAX_REFUSAL_CODE_CHARS = 32  # of a-z and _

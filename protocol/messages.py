@@ -1,6 +1,10 @@
-"""Typed records that nodes exchange. Pure data: encoding is `wire`'s, signing is `signing`'s, limits are `limits`'s."""
+"""Typed records that nodes exchange. Pure data: encoding is `wire`'s, signing is `signing`'s, limits are `limits`'s.
 
-from dataclasses import dataclass
+What is signed is made by `signing.sign_...` or read by `wire.decode_...`, never by hand: `encoded` is the truth, also
+where a newer minor version wrote fields that this one does not know, and the other fields are what it says.
+"""
+
+from dataclasses import dataclass, field
 from typing import Literal
 
 __all__ = ["PROTOCOL_VERSION", "Announcement", "NodeRecord", "SharedCompletion", "SharedGroup", "TaskRef"]
@@ -49,8 +53,9 @@ class Announcement:
     sequence: int  # unsigned 64-bit: grows with every batch of this author, over restarts too
     created_at_ms: int  # unix milliseconds by the author's clock
     frame_sizes: tuple[int, ...]  # bytes of each frame, compressed
-    root: bytes  # 32 bytes: SHA-256 over the frames' digests
+    root: bytes  # 32 bytes: SHA-256 over the digests of all frames; the name of the batch
     signature: bytes  # 64 bytes, over the swarm id and every field above
+    encoded: bytes = field(repr=False)  # signature and record as the author wrote them: what is verified and relayed
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,3 +73,4 @@ class NodeRecord:
     tasks: tuple[str, ...]  # sources that it trains on, as far as they fit
     rollouts_per_minute: int  # completions that it published in the last minutes, by its own account
     signature: bytes  # 64 bytes, over the swarm id and every field above
+    encoded: bytes = field(repr=False)  # signature and record as the node wrote them: what is verified and relayed

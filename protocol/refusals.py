@@ -59,6 +59,7 @@ class Reason(StrEnum):
     CLOCK_SKEW = "clock_skew", False  # says hello with a clock too far from this node's
     NOT_HELD = "not_held", False  # asked for a batch that this node does not hold
     NO_HELLO = "no_hello", False  # asked before the two have said hello
+    FULL = "full", False  # asked to be a neighbour of a node that has enough of them
     BUSY = "busy", False  # asked while the node answers as many as it can
 
 

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from protocol.codec import MAX_DEPTH, decode, digest, encode, pack_task_ref, unpack_task_ref
+from protocol.codec import decode, digest, encode, pack_task_ref, unpack_task_ref
 from protocol.errors import CodecError
+from protocol.limits import MAX_DEPTH
 from protocol.messages import TaskRef
 
 SCALARS = (
