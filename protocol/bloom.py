@@ -29,10 +29,10 @@ def bloom_bits(salt: bytes, keys: Iterable[bytes], num_bits: int, num_hashes: in
     return bytes(bits)
 
 
-def repair_request(salt: bytes, roots: Collection[bytes]) -> RepairRequest:
+def repair_request(salt: bytes, roots: Collection[bytes], max_offers: int) -> RepairRequest:
     """Return the request of a node that knows these batches, with a filter of fitting size."""
     num_bytes = min(MAX_BLOOM_BYTES, -(-_BITS_PER_KEY * len(roots) // 8))
-    return RepairRequest(salt, _NUM_HASHES, bloom_bits(salt, roots, 8 * num_bytes, _NUM_HASHES))
+    return RepairRequest(salt, _NUM_HASHES, bloom_bits(salt, roots, 8 * num_bytes, _NUM_HASHES), max_offers)
 
 
 def in_bloom(request: RepairRequest, root: bytes) -> bool:

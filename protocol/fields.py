@@ -40,6 +40,13 @@ class Fields:
             raise self.bad(name, f"is no integer from 0 to {maximum}")
         return value
 
+    def positive(self, name: str, maximum: int) -> int:
+        """Return an integer from 1 to `maximum`."""
+        value = self.integer(name, maximum)
+        if value == 0:
+            raise self.bad(name, "is 0")
+        return value
+
     def boolean(self, name: str) -> bool:
         """Return a truth value."""
         value = next(self._values)

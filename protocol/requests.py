@@ -133,6 +133,7 @@ class RepairRequest:
     salt: bytes  # 8 bytes, new for each request
     num_hashes: int  # bits set for each root, 1 to 16
     bits: bytes  # the filter; empty: knows none
+    max_offers: int  # how many batches the asker wants to hear of, 1 to 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,17 +250,17 @@ def max_pull_response_bytes(announcement: Announcement, asked: Collection[int]) 
 
 def encode_repair_request(request: RepairRequest) -> bytes:
     """Return a repair request as bytes."""
-    return write_record("repair", [request.salt, request.num_hashes, request.bits], MAX_REPAIR_REQUEST_BYTES)
+    fields = [request.salt, request.num_hashes, request.bits, request.max_offers]
+    return write_record("repair", fields, MAX_REPAIR_REQUEST_BYTES)
 
 
 def decode_repair_request(data: bytes) -> RepairRequest:
     """Return a repair request."""
-    fields = open_record("repair", data, num_fields=3, max_bytes=MAX_REPAIR_REQUEST_BYTES, max_values=6)
+    fields = open_record("repair", data, num_fields=4, max_bytes=MAX_REPAIR_REQUEST_BYTES, max_values=7)
     salt = fields.binary("salt", SALT_BYTES)
-    num_hashes = fields.integer("num_hashes", MAX_BLOOM_HASHES)
-    if num_hashes == 0:
-        raise fields.bad("num_hashes", "is 0")
-    return RepairRequest(salt, num_hashes, fields.blob("bits", MAX_BLOOM_BYTES))
+    num_hashes = fields.positive("num_hashes", MAX_BLOOM_HASHES)
+    bits = fields.blob("bits", MAX_BLOOM_BYTES)
+    return RepairRequest(salt, num_hashes, bits, fields.positive("max_offers", MAX_OFFERS))
 
 
 def encode_repair_response(response: RepairResponse) -> bytes:
@@ -280,10 +281,7 @@ def encode_peers_request(request: PeersRequest) -> bytes:
 def decode_peers_request(data: bytes) -> PeersRequest:
     """Return a peers request."""
     fields = open_record("peers", data, num_fields=1, max_bytes=MAX_SMALL_REQUEST_BYTES, max_values=4)
-    max_records = fields.integer("max_records", MAX_PEERS)
-    if max_records == 0:
-        raise fields.bad("max_records", "is 0")
-    return PeersRequest(max_records)
+    return PeersRequest(fields.positive("max_records", MAX_PEERS))
 
 
 def encode_peers_response(response: PeersResponse) -> bytes:
