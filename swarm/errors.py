@@ -9,6 +9,7 @@ SwarmError
 │   ├── UnknownSource    no source of this run has that name and digest: no offence of whoever sent it
 │   └── InvalidTaskRef   the source is ours and has no such item
 ├── ScoringError         scoring processes that do not start, or that the platform cannot confine
+│   └── PoolClosed       they were ended by another thread while something was being scored
 └── TrainingDiverged     three non-finite updates in a row; the last good checkpoint is intact
 """
 
@@ -16,6 +17,7 @@ __all__ = [
     "CheckpointError",
     "InvalidTaskRef",
     "ModelError",
+    "PoolClosed",
     "ScoringError",
     "SwarmError",
     "TaskError",
@@ -60,6 +62,10 @@ class InvalidTaskRef(TaskRefError):
 
 class ScoringError(SwarmError):
     """Scoring processes that do not start, or that this platform cannot confine."""
+
+
+class PoolClosed(ScoringError):
+    """The scoring processes were ended while something was being scored."""
 
 
 class TrainingDiverged(SwarmError):

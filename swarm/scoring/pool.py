@@ -18,7 +18,7 @@ from typing import Final, Literal
 
 from protocol.messages import TaskRef
 from swarm.config import ScoringConfig, TasksConfig
-from swarm.errors import ScoringError, UnknownSource
+from swarm.errors import PoolClosed, ScoringError, UnknownSource
 from swarm.scoring.child import ChildConfig
 from swarm.scoring.folder import WorkFolder
 from swarm.scoring.sandbox import sandbox_layers
@@ -47,13 +47,20 @@ class Score:
 
 
 class ScoringPool:
-    """Scores completions in sandboxed processes. A context manager; one call at a time, from any thread."""
+    """Scores completions in sandboxed processes. A context manager; one call at a time, from any thread.
 
-    def __init__(self, tasks: TasksConfig, scoring: ScoringConfig, *, program: str = CHILD_PROGRAM) -> None:
+    `niceness` lets its processes give way to others: what somebody else waits for less must not slow the rest.
+    """
+
+    def __init__(
+        self, tasks: TasksConfig, scoring: ScoringConfig, *, niceness: int = 0, program: str = CHILD_PROGRAM
+    ) -> None:
         self._tasks = tasks
         self._scoring = scoring
+        self._niceness = niceness
         self._program = program
         self._lock = threading.Lock()
+        self._closing = threading.Event()
         self._workers: list[Worker] = []
         self._folder: WorkFolder | None = None
         self._num_failed_starts = 0
@@ -90,6 +97,7 @@ class ScoringPool:
         Without `wait` they get ready while the caller does something else, and `score` waits for them.
         """
         with self._lock:
+            self._closing.clear()
             if self._folder is None:
                 self._folder = WorkFolder()
                 self._workers = [self._new_worker() for _ in range(self._scoring.num_workers)]
@@ -100,7 +108,8 @@ class ScoringPool:
                 raise
 
     def close(self) -> None:
-        """End the processes."""
+        """End the processes. A call that scores in another thread raises PoolClosed soon."""
+        self._closing.set()
         with self._lock:
             self._end_all()
 
@@ -155,7 +164,11 @@ class ScoringPool:
         if self._folder is None:
             raise ScoringError("the scoring pool is closed; start it first")
         return Worker(
-            self._config, folder=str(self._folder.path), program=self._program, wall_limit_s=self._scoring.wall_limit_s
+            self._config,
+            folder=str(self._folder.path),
+            program=self._program,
+            wall_limit_s=self._scoring.wall_limit_s,
+            niceness=self._niceness,
         )
 
     def _run(self, todo: deque[Job], done: dict[int, Score], *, until_ready: bool = False) -> None:
@@ -164,6 +177,8 @@ class ScoringPool:
             raise ScoringError("the scoring pool is not running; start it first")
         share = max(1, min(_MAX_BATCH_JOBS, math.ceil(len(todo) / max(len(self._workers), 1))))
         while todo or any(worker.jobs for worker in self._workers) or (until_ready and not self._are_ready()):
+            if self._closing.is_set():
+                raise PoolClosed("the scoring pool has been closed")
             for worker in self._workers:
                 if todo and worker.is_idle:
                     worker.score([todo.popleft() for _ in range(min(share, len(todo)))])

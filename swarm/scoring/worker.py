@@ -50,7 +50,9 @@ class Job:
 class Worker:
     """One scoring process."""
 
-    def __init__(self, config: ChildConfig, *, folder: str, program: str, wall_limit_s: float) -> None:
+    def __init__(
+        self, config: ChildConfig, *, folder: str, program: str, wall_limit_s: float, niceness: int = 0
+    ) -> None:
         self._wall_limit_s = wall_limit_s
         self._progress = Progress.create()
         self._errors: IO[bytes] = tempfile.TemporaryFile()
@@ -66,6 +68,8 @@ class Worker:
             start_new_session=True,
             pass_fds=(self._progress.fd,),
         )
+        if niceness:
+            os.setpriority(os.PRIO_PROCESS, self._process.pid, os.getpriority(os.PRIO_PROCESS, 0) + niceness)
         self._unpacker = msgpack.Unpacker(unicode_errors="surrogatepass")
         self.is_ready = False
         self.jobs: dict[int, Job] = {}  # by number: sent and not reported, in the order of the process

@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -10,7 +11,7 @@ import pytest
 
 from protocol.messages import TaskRef
 from swarm.config import ScoringConfig, TasksConfig, TaskSourceConfig
-from swarm.errors import ScoringError, UnknownSource
+from swarm.errors import PoolClosed, ScoringError, UnknownSource
 from swarm.scoring import ScoringPool, sandbox_layers
 from swarm.tasks import build_task_set
 from swarm.tasks.gym_safety import REPLACED, SAFE
@@ -286,3 +287,31 @@ def test_a_process_that_is_killed_from_outside_is_replaced():
         assert pool.process_ids != (pid,)
         (pid,) = pool.process_ids
     assert not psutil.pid_exists(pid)
+
+
+def test_processes_of_a_low_priority_give_way_to_others():
+    config = TasksConfig(sources=(PRODUCTS,))
+    task = build_task_set(config, seed=1).train_batch(0, 1)[0]
+    own = psutil.Process().nice()
+    with ScoringPool(config, ScoringConfig(), niceness=5) as pool:
+        assert [psutil.Process(pid).nice() for pid in pool.process_ids] == [own + 5]
+        os.kill(*pool.process_ids, 9)
+        pool.score([(task.ref, "1")])
+        assert [psutil.Process(pid).nice() for pid in pool.process_ids] == [own + 5], "its successor as well"
+
+
+def test_closing_does_not_wait_for_an_answer_that_another_thread_has_scored(echo):
+    config, ref = echo
+    pool = ScoringPool(config, ScoringConfig(cpu_limit_s=60, wall_limit_s=4), program=hostile_program())
+    pool.start()
+    with ThreadPoolExecutor(max_workers=1) as other:
+        scoring = other.submit(pool.score, [(ref, f"sleep {number}") for number in range(100)])
+        (worker,) = pool._workers
+        while worker.current is None:
+            time.sleep(0.001)
+        began_s = time.monotonic()
+        pool.close()
+        assert time.monotonic() - began_s < 4
+        with pytest.raises(PoolClosed):
+            scoring.result()
+    assert not psutil.pid_exists(worker.pid)
