@@ -43,6 +43,11 @@ class Identity:
         """The public key in base32: 52 lower-case characters."""
         return node_id_of(self.public_key)
 
+    @property
+    def seed(self) -> bytes:
+        """The private half (32 bytes), for a transport whose own identity is the node's. Never leaves the node."""
+        return self._private_key.private_bytes_raw()
+
     def sign(self, domain: bytes, message: bytes) -> bytes:
         """Return the detached signature (64 bytes) of a message for one purpose."""
         return self._private_key.sign(_tagged(domain, message))

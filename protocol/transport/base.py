@@ -20,6 +20,7 @@ from protocol.errors import ProtocolError
 __all__ = [
     "MAX_FRAME_BYTES",
     "MAX_RECORD_VALUE_BYTES",
+    "ClockSkewed",
     "Handler",
     "PeerUnreachable",
     "Record",
@@ -47,6 +48,12 @@ class PeerUnreachable(TransportError):
     """No connection to the peer could be made, or it broke before the response was whole."""
 
     reason = "unreachable"
+
+
+class ClockSkewed(PeerUnreachable):
+    """The clocks of the two nodes differ by too much for what one signs to be fresh to the other."""
+
+    reason = "clock_skew"
 
 
 class RequestTimedOut(TransportError):
@@ -152,7 +159,8 @@ class Transport(ABC):
     async def connect(self, address: str, *, timeout_s: float) -> str:
         """Reach the node behind a multiaddress; return its node id. Raises PeerUnreachable or RequestTimedOut.
 
-        Raises ValueError for text that is no address of this transport.
+        Raises ClockSkewed, a PeerUnreachable, where the transport sees that the two clocks disagree, and ValueError
+        for text that is no address of this transport.
         """
 
     @abstractmethod

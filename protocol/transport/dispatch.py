@@ -11,10 +11,11 @@ from contextlib import contextmanager
 
 from protocol.transport.base import MAX_FRAME_BYTES, Handler, RequestRefused
 
-__all__ = ["BUSY", "FAILED", "TOO_LARGE", "UNKNOWN_NAME", "Dispatcher", "check_name"]
+__all__ = ["BUSY", "FAILED", "MAX_NAME_CHARACTERS", "TOO_LARGE", "UNKNOWN_NAME", "Dispatcher", "check_name"]
 
 BUSY, FAILED, TOO_LARGE, UNKNOWN_NAME = "busy", "handler_failed", "too_large", "unknown_name"  # codes of refusals
 
+MAX_NAME_CHARACTERS = 32
 MAX_REQUESTS = 64  # handled at one time
 MAX_REQUESTS_PER_ASKER = 8
 _NAME = re.compile(r"[a-z_]{1,32}\Z")
