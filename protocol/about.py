@@ -1,0 +1,17 @@
+"""What a node says of itself in its record, beside what its identity and its transport say."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+__all__ = ["NodeAbout"]
+
+
+@dataclass(frozen=True, slots=True)
+class NodeAbout:
+    """The part of a node record that the process knows. Shown to people; nothing is decided by it."""
+
+    role: Literal["trainer", "bootstrap"]
+    software: str  # e.g. "swarm-node/0.2.0"
+    model: str  # label of the policy; "" for a bootstrap
+    tasks: tuple[str, ...]  # sources that it trains on; those that do not fit are left out
+    rollouts_per_minute: int = 0  # completions that it published in the last minutes

@@ -1,0 +1,146 @@
+"""Who is there, as far as this node knows: signed node records with where they were heard from. Pure data.
+
+Records come from greetings, from neighbours that were asked (peer exchange), from the DHT (`shards`) and from disk.
+A record is a hint where to find a node and nothing more. Whoever told of many nodes must not thereby choose this
+node's neighbours: when one is chosen, the *source* is drawn first, then a node among those that it told of; and
+one source can fill no more than a quarter of the table.
+"""
+
+import random
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
+
+from protocol.messages import NodeRecord
+
+__all__ = ["GIVEN", "MAX_TOLD_AGE_S", "REMEMBERED", "Directory", "KnownNode"]
+
+MAX_TOLD_AGE_S = 1200.0  # an older record is told to nobody, and believed of nobody
+GIVEN = "given"  # a source: addresses that a person typed
+REMEMBERED = "remembered"  # a source: this node's own disk
+MAX_FAILURES = 4  # in a row, after which a node is forgotten
+RETRY_S = 10.0  # after one failure; doubled with every further one
+_MAX_SOURCE_SHARE = 0.25
+
+
+@dataclass(slots=True)
+class KnownNode:
+    """One node, and what became of trying to reach it."""
+
+    record: NodeRecord
+    source: str  # GIVEN, REMEMBERED, "dht/<salt>", or the node id of the peer that told of it
+    heard_at_s: float  # unix seconds: when a record of it came last
+    reached_at_s: float | None = None  # when it answered last
+    num_failures: int = 0  # in a row
+    retry_at_s: float = 0.0
+
+
+class Directory:
+    """Known nodes by node id, without this node itself. Times are unix seconds."""
+
+    def __init__(self, *, max_nodes: int, own_id: str, rng: random.Random) -> None:
+        self._max_nodes, self._own_id, self._rng = max_nodes, own_id, rng
+        self._nodes: dict[str, KnownNode] = {}
+        self._num_by_source = Counter[str]()
+
+    def __len__(self) -> int:
+        return len(self._nodes)
+
+    def __contains__(self, node_id: str) -> bool:
+        return node_id in self._nodes
+
+    def get(self, node_id: str) -> KnownNode | None:
+        """Return what is known of a node."""
+        return self._nodes.get(node_id)
+
+    def nodes(self) -> list[KnownNode]:
+        """Every known node."""
+        return list(self._nodes.values())
+
+    def add(self, record: NodeRecord, source: str, now_s: float) -> bool:
+        """Take a record whose signature is good. Returns whether it is of a node that was not known."""
+        if record.node_id == self._own_id:
+            return False
+        known = self._nodes.get(record.node_id)
+        if known is not None:
+            if record.created_at_ms > known.record.created_at_ms:
+                known.record, known.heard_at_s = record, now_s
+            return False
+        if self._num_by_source[source] >= max(1, self._max_nodes * _MAX_SOURCE_SHARE):
+            self._forget_one(lambda node: node.source == source)
+        elif len(self._nodes) >= self._max_nodes:
+            self._forget_one(lambda node: True)
+        self._nodes[record.node_id] = KnownNode(record, source, now_s)
+        self._num_by_source[source] += 1
+        return True
+
+    def reached(self, node_id: str, now_s: float) -> None:
+        """Note that a node has answered."""
+        known = self._nodes.get(node_id)
+        if known is not None:
+            known.reached_at_s, known.num_failures, known.retry_at_s = now_s, 0, 0.0
+
+    def failed(self, node_id: str, now_s: float) -> None:
+        """Note that a node could not be reached: it is tried again later, and in the end forgotten."""
+        known = self._nodes.get(node_id)
+        if known is None:
+            return
+        known.num_failures += 1
+        known.retry_at_s = now_s + RETRY_S * 2 ** (known.num_failures - 1)
+        if known.num_failures >= MAX_FAILURES and known.source != REMEMBERED:
+            self.forget(node_id)
+
+    def later(self, node_id: str, until_s: float) -> None:
+        """Leave a node alone for a while: it is there, and has no place for this one."""
+        known = self._nodes.get(node_id)
+        if known is not None:
+            known.retry_at_s = until_s
+
+    def forget(self, node_id: str) -> None:
+        """Drop a node."""
+        known = self._nodes.pop(node_id, None)
+        if known is not None:
+            self._num_by_source[known.source] -= 1
+            if not self._num_by_source[known.source]:
+                del self._num_by_source[known.source]
+
+    def choose(self, now_s: float, *, exclude: Collection[str], used_sources: Counter[str]) -> KnownNode | None:
+        """Draw a node to connect to: from the sources that gave fewest of the present neighbours."""
+        by_source: dict[str, list[KnownNode]] = {}
+        for node_id, known in self._nodes.items():
+            if node_id not in exclude and known.retry_at_s <= now_s and known.record.addresses:
+                by_source.setdefault(known.source, []).append(known)
+        if not by_source:
+            return None
+        fewest = min(used_sources[source] for source in by_source)
+        source = self._rng.choice(sorted(source for source in by_source if used_sources[source] == fewest))
+        return self._rng.choice(by_source[source])
+
+    def tell(self, num_nodes: int, now_s: float, *, exclude: str) -> list[NodeRecord]:
+        """Draw records for a peer that asks who is there: of nodes that were reached, or whose record is fresh."""
+        horizon_ms = (now_s - MAX_TOLD_AGE_S) * 1000
+        worth = [
+            known.record
+            for node_id, known in self._nodes.items()
+            if node_id != exclude and known.record.created_at_ms >= horizon_ms and not known.num_failures
+        ]
+        return self._rng.sample(worth, min(num_nodes, len(worth)))
+
+    def worth_remembering(self, num_nodes: int) -> list[NodeRecord]:
+        """The records to keep on disk: of nodes that were reached last, then those heard of last."""
+        ranked = sorted(self._nodes.values(), key=lambda k: (k.reached_at_s or 0.0, k.heard_at_s), reverse=True)
+        return [known.record for known in ranked[:num_nodes]]
+
+    def expire(self, now_s: float, *, keep: Iterable[str]) -> None:
+        """Forget nodes that nobody has heard of for long; neighbours and what is on disk stay."""
+        kept = set(keep)
+        for node_id, known in list(self._nodes.items()):
+            last_s = max(known.heard_at_s, known.reached_at_s or 0.0)
+            if now_s - last_s > MAX_TOLD_AGE_S and node_id not in kept and known.source != REMEMBERED:
+                self.forget(node_id)
+
+    def _forget_one(self, may_go: Callable[[KnownNode], bool]) -> None:
+        """Make room: a node that was never reached, and among those any."""
+        candidates = [(known.reached_at_s or 0.0, node_id) for node_id, known in self._nodes.items() if may_go(known)]
+        oldest_s = min(candidates)[0]
+        self.forget(self._rng.choice([node_id for reached_s, node_id in candidates if reached_s == oldest_s]))

@@ -1,0 +1,336 @@
+"""Tell few, tell what is good, and ask for what is missing: how announcements spread.
+
+    publish    an own batch is announced to a few neighbours
+    relay      a batch of which a group was admitted is announced to a few more; a node that scores nothing relays
+               what is signed
+    repair     a node that lacks groups, and knows of none, asks a neighbour for batches that it has not heard of:
+               so a late joiner and a healed partition catch up
+
+A neighbour that has enough says so in its response (`quiet_s`), and is left alone: how much is told follows how much
+is used, and not how large the swarm is. An announcement without batches is a ping. What is pulled of what is heard
+is `pulling`'s.
+"""
+
+import asyncio
+from collections.abc import Callable
+
+from protocol.admission import Admission
+from protocol.announcements import Announcements, LiveBatch
+from protocol.bloom import in_bloom, repair_request
+from protocol.limits import (
+    MAX_ANNOUNCE_REQUEST_BYTES,
+    MAX_QUIET_S,
+    MAX_REPAIR_REQUEST_BYTES,
+    MAX_REPAIR_RESPONSE_BYTES,
+    MAX_SMALL_REQUEST_BYTES,
+    SALT_BYTES,
+)
+from protocol.local import Local
+from protocol.neighbours import Neighbour, Neighbours
+from protocol.quota import Quotas
+from protocol.refusals import Reason, Refusal
+from protocol.requests import (
+    AnnounceRequest,
+    AnnounceResponse,
+    Offer,
+    RepairResponse,
+    decode_announce_request,
+    decode_announce_response,
+    decode_repair_request,
+    decode_repair_response,
+    encode_announce_request,
+    encode_announce_response,
+    encode_repair_request,
+    encode_repair_response,
+    fitting_offers,
+)
+from protocol.store import FrameStore
+from protocol.transport.base import RequestRefused, TransportError
+
+__all__ = ["Appetite", "Gossip"]
+
+RELAY_DELAY_S = 0.1  # so that a few relays to one neighbour go in one request
+TICK_S = 5.0
+MAX_OUTBOX = 256  # batches that one neighbour is to be told of
+MIN_OFFERS = 8  # asked for in one repair
+_APPETITE_S = 60.0
+_BATCHES_PER_FRAME = 1.5  # heard of, for each frame that is pulled: a choice, and some that fail
+
+
+class Appetite:
+    """How many announcements a node has use for: a little more than the frames that it pulls.
+
+    Both are rates over the last minute. Times are unix seconds.
+    """
+
+    def __init__(self) -> None:
+        self._frames = self._heard = self._at_s = 0.0
+
+    def pulled(self, num_frames: int, now_s: float) -> None:
+        """Note frames that were pulled."""
+        self._fade(now_s)
+        self._frames += num_frames
+
+    def heard(self, now_s: float) -> None:
+        """Note one new announcement."""
+        self._fade(now_s)
+        self._heard += 1
+
+    def quiet_s(self, now_s: float) -> int:
+        """For how long nothing needs to be heard, as things are; 0 if something does."""
+        self._fade(now_s)
+        wanted = max(_BATCHES_PER_FRAME * self._frames, float(MIN_OFFERS))
+        if self._heard <= wanted:
+            return 0
+        # What was heard fades by the same rule as what was pulled: the surplus is gone after about this long.
+        return min(MAX_QUIET_S, int(_APPETITE_S * (self._heard - wanted) / self._heard) + 1)
+
+    def _fade(self, now_s: float) -> None:
+        faded = 0.5 ** (max(0.0, now_s - self._at_s) / _APPETITE_S)
+        self._frames, self._heard, self._at_s = self._frames * faded, self._heard * faded, max(now_s, self._at_s)
+
+
+class Gossip:
+    """One node's part in spreading announcements."""
+
+    def __init__(
+        self,
+        local: Local,
+        announcements: Announcements,
+        store: FrameStore,
+        admission: Admission,
+        neighbours: Neighbours,
+        *,
+        relays_unscored: bool,
+    ) -> None:
+        self._local, self._announcements, self._store = local, announcements, store
+        self._admission, self._neighbours, self._relays_unscored = admission, neighbours, relays_unscored
+        self.appetite = Appetite()
+        self.num_unknown: Callable[[], int] = lambda: 0  # groups that are lacking, of which no frame is known
+        self.on_news: Callable[[], None] = lambda: None  # frames have become known
+        self._repair_now = asyncio.Event()
+        self._fresh_links: list[str] = []  # neighbours that were not asked yet
+        self._repairs = Quotas(0.5, 16, 1024)
+        neighbours.on_link.append(self._linked)
+        local.transport.handle("announce", self._handle_announce, max_request_bytes=MAX_ANNOUNCE_REQUEST_BYTES)
+        local.transport.handle("repair", self._handle_repair, max_request_bytes=MAX_REPAIR_REQUEST_BYTES)
+
+    def start(self) -> None:
+        """Start the background work."""
+        self._local.tasks.spawn(self._repair_loop(), "repair")
+        self._local.tasks.spawn(self._ping_loop(), "ping")
+
+    def announce_own(self, batch: LiveBatch) -> None:
+        """Tell a few neighbours of an own batch; where all have enough, one of them nevertheless."""
+        now_s, config = self._local.clock(), self._local.config
+        links = list(self._neighbours.ids.values())
+        self._local.rng.shuffle(links)
+        links.sort(key=lambda link: link.quiet_until_s > now_s)
+        num_eager = sum(1 for link in links if link.quiet_until_s <= now_s)
+        for link in links[: max(1, min(config.announce_fanout, num_eager))]:
+            self._tell(link, batch, delay_s=0.0)
+
+    def relay(self, batch: LiveBatch) -> None:
+        """Tell a few neighbours of another author's batch, once, if they may not know it and want to hear."""
+        if batch.relayed:
+            return
+        batch.relayed = True
+        now_s = self._local.clock()
+        links = [
+            link
+            for node_id, link in self._neighbours.ids.items()
+            if node_id != batch.author
+            and node_id != batch.teller
+            and node_id not in batch.holders
+            and link.quiet_until_s <= now_s
+        ]
+        chosen = self._local.rng.sample(links, min(self._local.config.relay_fanout, len(links)))
+        self._local.counters.batches_relayed += bool(chosen)
+        for link in chosen:
+            self._tell(link, batch, delay_s=RELAY_DELAY_S)
+
+    def _tell(self, link: Neighbour, batch: LiveBatch, *, delay_s: float) -> None:
+        link.outbox[batch.root] = None
+        if len(link.outbox) > MAX_OUTBOX:
+            del link.outbox[next(iter(link.outbox))]
+        if not link.sending:
+            link.sending = True
+            self._local.tasks.spawn(self._send(link, delay_s), "announce")
+
+    async def _send(self, link: Neighbour, delay_s: float) -> None:
+        """Empty one neighbour's outbox. Ends when it is empty, or the neighbour does not answer."""
+        try:
+            if delay_s:
+                await asyncio.sleep(delay_s)
+            while link.outbox and self._neighbours.ids.get(link.node_id) is link:
+                roots = list(link.outbox)
+                offers = fitting_offers(self._offers(roots))
+                for root in roots[: max(1, len(offers))]:
+                    link.outbox.pop(root, None)
+                if offers and not await self._announce(link, offers):
+                    link.outbox.clear()
+        finally:
+            link.sending = False
+
+    async def _announce(self, link: Neighbour, offers: tuple[Offer, ...]) -> bool:
+        """Tell one neighbour; return whether it has answered."""
+        local = self._local
+        try:
+            data = await local.transport.request(
+                link.node_id,
+                "announce",
+                encode_announce_request(AnnounceRequest(offers)),
+                max_response_bytes=MAX_SMALL_REQUEST_BYTES,
+                timeout_s=local.config.request_timeout_s,
+            )
+            quiet_s = decode_announce_response(data).quiet_s
+        except Refusal as refusal:
+            local.refuse(refusal.reason, blame=link.node_id)
+            return False
+        except RequestRefused as refused:
+            local.counters.requests_failed += 1
+            if refused.code in (Reason.NO_HELLO, Reason.BANNED):
+                self._neighbours.drop(link.node_id)  # it does not know this node (any more)
+            return False
+        except TransportError:
+            local.counters.requests_failed += 1
+            local.reputation.unresponsive(link.node_id, local.clock())
+            self._neighbours.failed(link.node_id)
+            return False
+        self._neighbours.heard(link.node_id)
+        link.quiet_until_s = local.clock() + quiet_s
+        local.counters.announcements_sent += len(offers)
+        return True
+
+    def _offers(self, roots: list[bytes]) -> list[Offer]:
+        found = []
+        for root in roots:
+            batch = self._announcements.get(root)
+            if batch is not None:
+                found.append(Offer(batch.announcement.encoded, self._store.mask(root)))
+        return found
+
+    def _take(self, offers: tuple[Offer, ...], teller: str, *, asked: bool) -> int:
+        """Take offers from a peer; return how many were new."""
+        num_before, config = self._local.counters.batches_heard, self._local.config
+        for offer in offers:
+            heard = self._local.counters.batches_heard
+            batch = self._admission.announcement(offer.encoded, teller, asked=asked)
+            if batch is None:
+                continue
+            self._announcements.hold(batch, teller, offer.held)
+            if self._local.counters.batches_heard > heard:
+                self.appetite.heard(self._local.clock())
+                if self._relays_unscored and config.relay_fanout:
+                    self.relay(batch)
+        self.on_news()
+        return self._local.counters.batches_heard - num_before
+
+    async def _handle_announce(self, asker: str, payload: bytes) -> bytes:
+        """Hear what a neighbour has; strangers are not heard."""
+        local, now_s = self._local, self._local.clock()
+        if local.reputation.is_banned(asker, now_s):
+            raise local.refuse_request(Reason.BANNED)
+        if asker not in self._neighbours.ids:
+            raise local.refuse_request(Reason.NO_HELLO, "say hello first, and ask for a link")
+        try:
+            request = decode_announce_request(payload)
+        except Refusal as refusal:
+            raise local.refuse_malformed(refusal, asker) from None
+        self._neighbours.heard(asker)
+        self._take(request.offers, asker, asked=False)
+        quiet_s = 0 if self.num_unknown() else self.appetite.quiet_s(now_s)
+        return encode_announce_response(AnnounceResponse(quiet_s))
+
+    async def _handle_repair(self, asker: str, payload: bytes) -> bytes:
+        """Tell a neighbour of batches that it does not know: a random choice of those held here."""
+        local = self._local
+        if local.reputation.is_banned(asker, local.clock()):
+            raise local.refuse_request(Reason.BANNED)
+        if asker not in self._neighbours.ids:
+            raise local.refuse_request(Reason.NO_HELLO, "say hello first, and ask for a link")
+        if not self._repairs.take(asker, local.clock()):
+            raise local.refuse_request(Reason.QUOTA, "asked too often; ask again later")
+        try:
+            request = decode_repair_request(payload)
+        except Refusal as refusal:
+            raise local.refuse_malformed(refusal, asker) from None
+        self._neighbours.heard(asker)
+        roots = [root for root in self._store.roots() if not in_bloom(request, root)]
+        chosen = local.rng.sample(roots, min(len(roots), request.max_offers, local.config.max_offers))
+        local.counters.repairs_answered += 1
+        return encode_repair_response(RepairResponse(fitting_offers(self._offers(chosen))))
+
+    def _linked(self, link: Neighbour) -> None:
+        self._fresh_links.append(link.node_id)
+        del self._fresh_links[:-64]
+        self._repair_now.set()
+
+    async def _repair_loop(self) -> None:
+        """Ask for what is missing. Waits for its turn or for a new neighbour; ends with the member."""
+        config = self._local.config
+        pause_s = config.repair_s
+        while True:
+            try:
+                async with asyncio.timeout(pause_s * self._local.rng.uniform(0.8, 1.2)):
+                    await self._repair_now.wait()
+            except TimeoutError:
+                pass
+            self._repair_now.clear()
+            num_unknown = self.num_unknown()
+            if num_unknown <= 0 or not self._neighbours.ids:
+                pause_s = config.repair_s
+                self._fresh_links.clear()
+                continue
+            num_new, was_full = await self._repair(num_unknown)
+            if self._fresh_links or was_full:
+                self._repair_now.set()
+            pause_s = config.repair_s if num_new else min(1.5 * pause_s, config.idle_repair_s)
+
+    async def _repair(self, num_unknown: int) -> tuple[int, bool]:
+        """Ask one neighbour, a new one if there is one; return how much was new, and whether there may be more."""
+        local = self._local
+        fresh = [node_id for node_id in self._fresh_links if node_id in self._neighbours.ids]
+        node_id = fresh[0] if fresh else local.rng.choice(list(self._neighbours.ids))
+        self._fresh_links = fresh[1:]
+        num_offers = min(local.config.max_offers, max(MIN_OFFERS, num_unknown))
+        request = repair_request(local.rng.randbytes(SALT_BYTES), self._announcements.roots(), num_offers)
+        local.counters.repairs_asked += 1
+        try:
+            data = await local.transport.request(
+                node_id,
+                "repair",
+                encode_repair_request(request),
+                max_response_bytes=MAX_REPAIR_RESPONSE_BYTES,
+                timeout_s=local.config.request_timeout_s,
+            )
+            offers = decode_repair_response(data).offers
+            if len(offers) > num_offers:
+                raise Refusal(Reason.UNASKED, "more batches than asked for")
+        except Refusal as refusal:
+            local.refuse(refusal.reason, blame=node_id)
+            return 0, False
+        except RequestRefused:
+            local.counters.requests_failed += 1
+            return 0, False
+        except TransportError:
+            local.counters.requests_failed += 1
+            self._neighbours.failed(node_id)
+            return 0, False
+        self._neighbours.heard(node_id)
+        num_new = self._take(offers, node_id, asked=True)
+        return num_new, bool(num_new) and len(offers) == num_offers
+
+    async def _ping_loop(self) -> None:
+        """Ask chosen neighbours that have been silent whether they are there. Ends with the member."""
+        local = self._local
+        while True:
+            await asyncio.sleep(TICK_S * local.rng.uniform(0.8, 1.2))
+            silent_before_s = local.clock() - local.config.ping_s
+            for link in self._neighbours.outbound():
+                if link.heard_at_s < silent_before_s and not link.sending:
+                    local.tasks.spawn(self._ping(link), "ping one")
+
+    async def _ping(self, link: Neighbour) -> None:
+        """Say nothing, and hear whether the neighbour answers."""
+        await self._announce(link, ())

@@ -1,0 +1,334 @@
+"""The peers that this node talks to: those it has chosen (out), and those that have chosen it (in).
+
+    hello      both sides show swarm, version, clock and a signed record; a link is asked for, and given while
+               there is room
+    keep       chosen neighbours are pinged after a silence, lost and banned ones are dropped, missing ones are
+               replaced from the directory, and one is exchanged now and then
+    join       while there is no neighbour at all: every given and remembered address, again and again
+
+Whom to try is `directory`'s to say. What neighbours are told is `gossip`'s.
+"""
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+from protocol.clocks import ClockOffsets
+from protocol.directory import GIVEN, Directory
+from protocol.greeting import check_hello
+from protocol.limits import MAX_HELLO_BYTES
+from protocol.local import Local
+from protocol.messages import NodeRecord
+from protocol.quota import Quota, Quotas
+from protocol.refusals import Reason, Refusal
+from protocol.requests import Hello, decode_hello, encode_hello
+from protocol.transport.base import PeerUnreachable, RequestRefused, TransportError
+
+__all__ = ["Neighbour", "Neighbours"]
+
+TICK_S = 1.0  # while links are missing
+CALM_TICK_S = 5.0
+MAX_BACKOFF_S = 30.0
+MAX_FAILURES = 2  # requests in a row without an answer, after which a neighbour is lost
+FULL_RETRY_S = 120.0  # until a node that had no place is asked again
+GREET_AGAIN_S = 600.0  # so that neighbours have a fresh record to tell of
+_NUM_DIALS = 3  # at one time
+
+
+@dataclass(slots=True)
+class Neighbour:
+    """One linked peer."""
+
+    node_id: str
+    direction: Literal["in", "out"]
+    record: NodeRecord
+    source: str  # where this node had heard of it
+    since_s: float  # unix seconds
+    heard_at_s: float  # when it asked or answered last
+    greeted_at_s: float
+    rtt_ms: float | None = None
+    num_failures: int = 0  # in a row
+    quiet_until_s: float = 0.0  # it needs no relays before
+    outbox: dict[bytes, None] = field(default_factory=dict)  # roots that it is to be told of
+    sending: bool = False
+
+
+class Neighbours:
+    """The links of one node."""
+
+    def __init__(
+        self, local: Local, directory: Directory, clocks: ClockOffsets, own_record: Callable[[], NodeRecord]
+    ) -> None:
+        self._local, self._directory, self._clocks, self._own_record = local, directory, clocks, own_record
+        self._links: dict[str, Neighbour] = {}
+        self._hellos = Quota(local.config.max_hellos_per_s, local.config.max_hellos_per_s * 20, local.clock())
+        self._hellos_by_peer = Quotas(0.2, 5, 1024)
+        self._dialling: set[str] = set()
+        self._wake = asyncio.Event()
+        self._backoff_s, self._next_join_s, self._rotate_at_s = TICK_S, 0.0, 0.0
+        self.given: dict[str, str] = {}  # address that a person typed -> what came of it last
+        self.on_link: list[Callable[[Neighbour], None]] = []
+        self.had_any = False
+        local.on_ban = self._ban
+        local.transport.handle("hello", self._handle_hello, max_request_bytes=MAX_HELLO_BYTES)
+
+    def start(self) -> None:
+        """Start the background work."""
+        self._rotate_at_s = self._local.clock() + self._local.config.rotation_s * self._local.rng.uniform(0.5, 1.5)
+        self.given = dict.fromkeys(self._local.config.peers, "not tried yet")
+        self._local.tasks.spawn(self._keep(), "neighbours")
+
+    @property
+    def ids(self) -> dict[str, Neighbour]:
+        """Linked peers by node id; to be read only."""
+        return self._links
+
+    def outbound(self) -> list[Neighbour]:
+        """Those that this node has chosen."""
+        return [link for link in self._links.values() if link.direction == "out"]
+
+    def inbound(self) -> list[Neighbour]:
+        """Those that have chosen this node."""
+        return [link for link in self._links.values() if link.direction == "in"]
+
+    def heard(self, node_id: str) -> None:
+        """Note that a peer has asked or answered."""
+        link = self._links.get(node_id)
+        if link is not None:
+            link.heard_at_s, link.num_failures = self._local.clock(), 0
+
+    def failed(self, node_id: str) -> None:
+        """Note that a peer did not answer."""
+        link = self._links.get(node_id)
+        if link is None:
+            return
+        link.num_failures += 1
+        if link.num_failures >= MAX_FAILURES:
+            self._directory.failed(node_id, self._local.clock())
+            self.drop(node_id)
+
+    def drop(self, node_id: str) -> None:
+        """End a link; the peer may be asked, and may ask, as any stranger."""
+        if self._links.pop(node_id, None) is not None:
+            self._wake.set()
+
+    def wake(self) -> None:
+        """Look again for nodes to connect to."""
+        self._wake.set()
+
+    async def _keep(self) -> None:
+        """Keep enough links. Consumes the directory; waits for a tick or `wake`; ends with the member."""
+        local, config = self._local, self._local.config
+        while True:
+            self._wake.clear()
+            now_s = local.clock()
+            self._drop_silent(now_s)
+            if not self._links and now_s >= self._next_join_s:
+                await self._join()
+            missing = config.num_outbound - len(self.outbound())
+            if not missing and now_s >= self._rotate_at_s:
+                self._rotate(now_s)
+                missing = 1
+            await self._dial_some(missing)
+            calm = len(self.outbound()) >= config.min_outbound
+            tick_s = (CALM_TICK_S if calm else TICK_S) * local.rng.uniform(0.8, 1.2)
+            try:
+                async with asyncio.timeout(tick_s):
+                    await self._wake.wait()
+                await asyncio.sleep(TICK_S / 10)  # what wakes it comes in swarms
+            except TimeoutError:
+                continue
+
+    async def _join(self) -> None:
+        """Try every address that was given, and what the directory has is tried after it."""
+        local = self._local
+        for address in self.given:
+            if address in local.transport.addresses:
+                self.given[address] = "this node itself"
+                continue
+            try:
+                node_id = await local.transport.connect(address, timeout_s=local.config.request_timeout_s)
+                if node_id == local.node_id:
+                    self.given[address] = "this node itself"
+                    continue
+                self.given[address] = await self._greet(node_id, GIVEN)
+            except ValueError as error:
+                self.given[address] = str(error)
+            except TransportError as error:
+                self.given[address] = str(error)
+        if self._links:
+            self._backoff_s, self._next_join_s = TICK_S, 0.0
+        else:
+            self._next_join_s = local.clock() + self._backoff_s * local.rng.uniform(0.8, 1.2)
+            self._backoff_s = min(2 * self._backoff_s, MAX_BACKOFF_S)
+
+    async def _dial_some(self, num: int) -> None:
+        """Connect to a few nodes of the directory, side by side."""
+        now_s, chosen = self._local.clock(), list[tuple[str, str]]()
+        used = Counter(link.source for link in self.outbound())
+        exclude = {link.node_id for link in self.outbound()} | {self._local.node_id}
+        for known in self._directory.nodes():
+            if self._local.reputation.is_banned(known.record.node_id, now_s):
+                exclude.add(known.record.node_id)
+        strangers_only = exclude | self._links.keys()
+        while len(chosen) < min(num, _NUM_DIALS):
+            # One that has chosen this node is as good as any, where nobody else is left.
+            known_node = self._directory.choose(now_s, exclude=strangers_only, used_sources=used)
+            if known_node is None and len(self.outbound()) + len(chosen) < self._local.config.min_outbound:
+                known_node = self._directory.choose(now_s, exclude=exclude, used_sources=used)
+            if known_node is None:
+                break
+            node_id = known_node.record.node_id
+            chosen.append((node_id, known_node.source))
+            exclude.add(node_id)
+            strangers_only.add(node_id)
+            used[known_node.source] += 1
+        if chosen:
+            await asyncio.gather(*(self._dial(node_id, source) for node_id, source in chosen))
+
+    async def _dial(self, node_id: str, source: str) -> None:
+        """Connect to one node by the addresses of its record, and ask for a link."""
+        local, known = self._local, self._directory.get(node_id)
+        if known is None or node_id in self._dialling:
+            return
+        self._dialling.add(node_id)
+        try:
+            await self._connect(known.record)
+            await self._greet(node_id, source)
+        except TransportError:
+            local.counters.requests_failed += 1
+            self._directory.failed(node_id, local.clock())
+        finally:
+            self._dialling.discard(node_id)
+
+    async def _connect(self, record: NodeRecord) -> None:
+        """Reach a node under any of its addresses. Raises TransportError."""
+        error: TransportError = PeerUnreachable("it has no address that this transport understands")
+        for address in record.addresses:
+            try:
+                found = await self._local.transport.connect(address, timeout_s=self._local.config.request_timeout_s)
+            except ValueError:
+                continue
+            except TransportError as failure:
+                error = failure
+                continue
+            if found == record.node_id:
+                return
+            error = PeerUnreachable("another node answers under its address")
+        raise error
+
+    async def _greet(self, node_id: str, source: str) -> str:
+        """Say hello and ask for a link; return what came of it, in words. Raises TransportError."""
+        local = self._local
+        sent_s, start_s = local.clock(), asyncio.get_running_loop().time()
+        try:
+            answer = await local.transport.request(
+                node_id,
+                "hello",
+                encode_hello(self._own_hello(link=True)),
+                max_response_bytes=MAX_HELLO_BYTES,
+                timeout_s=local.config.request_timeout_s,
+            )
+            rtt_s = asyncio.get_running_loop().time() - start_s
+            hello = decode_hello(answer)
+            self._clocks.note(node_id, hello.now_ms / 1000 - (sent_s + rtt_s / 2))
+            record = check_hello(hello, node_id, local)
+        except RequestRefused as refusal:
+            if refusal.code == Reason.CLOCK_SKEW:
+                self._clocks.note_refused(node_id, refusal.detail)
+            self._directory.later(node_id, local.clock() + FULL_RETRY_S)
+            return f"refused: {refusal}"
+        except Refusal as refusal:
+            local.refuse(refusal.reason, blame=node_id)
+            self._directory.failed(node_id, local.clock())
+            return f"not taken: {refusal}"
+        now_s = local.clock()
+        self._directory.add(record, source, now_s)
+        self._directory.reached(node_id, now_s)
+        if not hello.link:
+            self._directory.later(node_id, now_s + FULL_RETRY_S)
+            self.drop(node_id)
+            return "there, with no free place for a neighbour"
+        self._link(record, "out", source, rtt_s * 1000)
+        return "joined"
+
+    async def _handle_hello(self, asker: str, payload: bytes) -> bytes:
+        """Take a stranger's greeting, and give it a link if it asks for one and there is room."""
+        local, now_s = self._local, self._local.clock()
+        if local.reputation.is_banned(asker, now_s):
+            raise local.refuse_request(Reason.BANNED, "this node will not hear you for a while")
+        if not self._hellos_by_peer.take(asker, now_s) or (asker not in self._links and not self._hellos.take(now_s)):
+            raise local.refuse_request(Reason.BUSY, "too many greetings at one time; ask again later")
+        try:
+            hello = decode_hello(payload)
+            record = check_hello(hello, asker, local)
+        except Refusal as refusal:
+            raise local.refuse_malformed(refusal, asker) from None
+        if hello.link:  # who asks for none may be a crawler, which is nobody to tell of
+            self._directory.add(record, asker, now_s)
+            self._directory.reached(asker, now_s)
+        linked = asker in self._links
+        if linked:
+            self._links[asker].record = record
+            self.heard(asker)
+        elif hello.link:
+            linked = len(self.inbound()) < local.config.max_inbound
+            if linked:
+                self._link(record, "in", asker, None)
+            else:
+                local.refuse(Reason.FULL)
+        return encode_hello(self._own_hello(link=linked))
+
+    def _own_hello(self, *, link: bool) -> Hello:
+        local = self._local
+        return Hello(local.config.swarm_id, int(local.clock() * 1000), link, self._own_record())
+
+    def _link(self, record: NodeRecord, direction: Literal["in", "out"], source: str, rtt_ms: float | None) -> None:
+        now_s = self._local.clock()
+        link = self._links.get(record.node_id)
+        if link is None:
+            link = Neighbour(record.node_id, direction, record, source, now_s, now_s, now_s)
+            self._links[record.node_id] = link
+            is_new = True
+        else:
+            is_new = False
+            link.record, link.greeted_at_s = record, now_s
+            if direction == "out" and link.direction == "in":
+                link.direction, link.source = "out", source
+        link.rtt_ms = rtt_ms if rtt_ms is not None else link.rtt_ms
+        self.heard(record.node_id)
+        self.had_any = True
+        if is_new:
+            for tell in self.on_link:
+                tell(link)
+
+    def _rotate(self, now_s: float) -> None:
+        """Give up the chosen neighbour that has been useful least, if there is anyone else to choose."""
+        local = self._local
+        self._rotate_at_s = now_s + local.config.rotation_s * local.rng.uniform(0.5, 1.5)
+        exclude = self._links.keys() | {local.node_id}
+        if self._directory.choose(now_s, exclude=exclude, used_sources=Counter()) is None:
+            return
+        worst = min(self.outbound(), key=lambda link: (local.reputation.score(link.node_id, now_s), link.since_s))
+        self._directory.later(worst.node_id, now_s + local.config.rotation_s)
+        self.drop(worst.node_id)
+
+    def _drop_silent(self, now_s: float) -> None:
+        """End links whose peer has not been heard; chosen ones are pinged long before (`gossip`)."""
+        limit_s = 5 * self._local.config.ping_s
+        for link in [link for link in self._links.values() if now_s - link.heard_at_s > limit_s]:
+            self.drop(link.node_id)
+
+    async def greet_again(self, link: Neighbour) -> None:
+        """Exchange fresh records with a neighbour. Used by the directory's upkeep; a failure ends the link in time."""
+        try:
+            await self._greet(link.node_id, link.source)
+        except TransportError:
+            self.failed(link.node_id)
+
+    def _ban(self, node_id: str) -> None:
+        self._directory.forget(node_id)
+        self.drop(node_id)
+        self._local.tasks.spawn(self._local.transport.disconnect(node_id), "disconnect")
