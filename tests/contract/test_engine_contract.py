@@ -25,9 +25,9 @@ def requests(sampling: SamplingParams, lengths=LENGTHS) -> list[Request]:
 
 def full_logits(model, request: Request, completion: Completion) -> torch.Tensor:
     """Logits before each token of the completion, from one plain forward pass: float64 [num_tokens, vocab]."""
-    tokens = torch.tensor([request.prompt_ids + completion.token_ids])
+    tokens = torch.tensor([request.prompt_ids + completion.token_ids], device=model.device)
     with torch.no_grad():
-        return model(tokens).logits[0, len(request.prompt_ids) - 1 : -1].double()
+        return model(tokens).logits[0, len(request.prompt_ids) - 1 : -1].double().cpu()
 
 
 def log_distribution(logits: torch.Tensor, sampling: SamplingParams) -> torch.Tensor:
@@ -54,8 +54,9 @@ def test_greedy_is_that_of_transformers(exact_kind):
     asked, seen = requests(SamplingParams(24, temperature=0)), set()
     for request, completion in zip(asked, engine.generate(asked), strict=True):
         whole = exact_kind.model.generate(
-            torch.tensor([request.prompt_ids]), do_sample=False, min_new_tokens=24, max_new_tokens=24, pad_token_id=0
-        )
+            torch.tensor([request.prompt_ids], device=exact_kind.model.device),
+            do_sample=False, min_new_tokens=24, max_new_tokens=24, pad_token_id=0,
+        )  # fmt: skip
         assert completion.token_ids == tuple(whole[0, len(request.prompt_ids) :].tolist())
         expected = full_logits(exact_kind.model, request, completion).log_softmax(-1)
         got = torch.tensor(completion.logprobs, dtype=torch.float64)
@@ -86,7 +87,7 @@ def test_logprobs_are_those_of_a_full_forward_pass(exact_kind, sampling):
 
 def test_bf16_logprobs_are_as_near_to_exact_arithmetic_as_those_of_transformers(bf16_kind):
     """Rounding to eight bits moves log-probabilities; the engine may round elsewhere but not more."""
-    exact = bf16_kind.model.__class__(bf16_kind.model.config).eval().float()
+    exact = bf16_kind.model.__class__(bf16_kind.model.config).eval().float().to(bf16_kind.model.device)
     exact.load_state_dict(bf16_kind.model.state_dict())
     ours, theirs = [], []
     asked = requests(SamplingParams(20))
@@ -106,7 +107,8 @@ def test_first_tokens_follow_the_distribution(kind):
     engine = kind.engine(max_slots=500, max_seq_len=16)
     done = engine.generate([Request(index, prompt(6), index, sampling) for index in range(num_draws)])
     with torch.no_grad():
-        expected = (kind.model(torch.tensor([prompt(6)])).logits[0, -1].double() / 1.5).softmax(-1) * num_draws
+        logits = kind.model(torch.tensor([prompt(6)], device=kind.model.device)).logits[0, -1].double().cpu()
+    expected = (logits / 1.5).softmax(-1) * num_draws
     counts = torch.bincount(torch.tensor([one.token_ids[0] for one in done]), minlength=len(expected)).double()
     often = expected >= 5
     counts = torch.cat([counts[often], counts[~often].sum()[None]])

@@ -1,16 +1,28 @@
 """Attention over a cache of slots.
 
-Decoding: two batched matmuls whose rows are the query heads that share one KV head. A fused
-scaled-dot-product kernel is built for prefill and several times slower for one query token on a CPU.
-Prefill: the fused kernel, one call per sequence, so that no sequence pays for another's length.
+Decoding on a CPU: two batched matmuls whose rows are the query heads that share one KV head. A fused
+scaled-dot-product kernel is built for prefill and several times slower for one query token there. Elsewhere: the
+fused kernel, for which those query heads are the queries; scores then never leave it.
+Prefill: the fused kernel. On a CPU one call per sequence, so that no sequence pays for another's length; elsewhere
+one call for all sequences of about the same length, because there a call costs more than padding.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch.nn import functional
 
-__all__ = ["attend_prefill", "attend_slots", "length_mask"]
+__all__ = [
+    "Rectangle",
+    "attend_prefill",
+    "attend_rectangles",
+    "attend_slots",
+    "attend_within",
+    "length_mask",
+    "position_mask",
+    "rectangles",
+]
 
 
 def length_mask(
@@ -45,10 +57,94 @@ def attend_slots(
     return torch.bmm(scores.softmax(-1), values).view(n, num_kv_heads * group * head_dim)
 
 
+def position_mask(totals: torch.Tensor, longest: int, dtype: torch.dtype, window: int = 0) -> torch.Tensor:
+    """Return what to add to decode scores, without a look at the lengths on the host.
+
+    totals: int64 [n], positions to attend to. window: only the last so many of them; 0: all.
+    returns: [n, 1, 1, longest].
+    """
+    position = torch.arange(longest, device=totals.device)
+    outside = position >= totals[:, None]
+    if window:
+        outside |= position < totals[:, None] - window
+    mask = torch.zeros(outside.shape, device=totals.device, dtype=dtype).masked_fill_(outside, -torch.inf)
+    return mask[:, None, None]
+
+
+def attend_within(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Attend with one query token per slot, already scaled, by the fused kernel.
+
+    query: [n, num_kv_heads, group, head_dim]. keys, values: [>= n, num_kv_heads, capacity, head_dim].
+    mask: [n, 1, 1, longest]. returns: [n, num_kv_heads * group * head_dim].
+    """
+    n, num_kv_heads, group, _ = query.shape
+    longest = mask.shape[-1]
+    attended = functional.scaled_dot_product_attention(
+        query, keys[:n, :, :longest], values[:n, :, :longest],
+        attn_mask=mask.expand(n, num_kv_heads, group, longest), scale=1.0,
+    )  # fmt: skip
+    return attended.reshape(n, -1)
+
+
+@dataclass(frozen=True, slots=True)
+class Rectangle:
+    """Sequences of about one length, among others that lie one after another, padded to their longest."""
+
+    num_sequences: int
+    longest: int
+    tokens: torch.Tensor | None  # [num_sequences * longest], which token stands where; None: all, without padding
+    places: torch.Tensor | None  # [num_tokens], where the tokens stand
+    order: torch.Tensor | None  # [num_tokens], which tokens those are
+
+
+def rectangles(lengths: Sequence[int], device: torch.device) -> list[Rectangle]:
+    """Group sequences whose lengths have the same number of bits."""
+    if min(lengths) == max(lengths):
+        return [Rectangle(len(lengths), lengths[0], None, None, None)]
+    starts = torch.tensor([0, *lengths]).cumsum(0).tolist()
+    sizes: dict[int, list[int]] = {}
+    for index, length in enumerate(lengths):
+        sizes.setdefault(length.bit_length(), []).append(index)
+    found = []
+    for members in sizes.values():
+        longest = max(lengths[index] for index in members)
+        tokens = torch.zeros(len(members), longest, dtype=torch.int64)
+        filled = torch.zeros(len(members), longest, dtype=torch.bool)
+        for row, index in enumerate(members):
+            tokens[row, : lengths[index]] = torch.arange(starts[index], starts[index + 1])
+            filled[row, : lengths[index]] = True
+        tokens, places = tokens.flatten(), filled.flatten().nonzero()[:, 0]
+        found.append(Rectangle(len(members), longest, tokens.to(device), places.to(device), tokens[places].to(device)))
+    return found
+
+
+def attend_rectangles(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, groups: Sequence[Rectangle]
+) -> torch.Tensor:
+    """Attend causally within each of several sequences that lie one after another, with scaled queries.
+
+    query: [num_tokens, num_heads, head_dim]. keys, values: [num_tokens, num_kv_heads, head_dim].
+    returns: [num_tokens, num_heads * head_dim].
+    """
+    out = torch.empty(len(query), query.shape[1] * query.shape[2], dtype=query.dtype, device=query.device)
+    for group in groups:
+        shape = group.num_sequences, group.longest
+        padded = (x if group.tokens is None else x[group.tokens] for x in (query, keys, values))
+        q, k, v = (x.unflatten(0, shape).transpose(1, 2) for x in padded)  # [num_sequences, heads, longest, head_dim]
+        attended = functional.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=1.0, enable_gqa=query.shape[1] != keys.shape[1]
+        )
+        flat = attended.transpose(1, 2).reshape(group.num_sequences * group.longest, -1)
+        if group.places is None or group.order is None:
+            return flat
+        out[group.order] = flat[group.places]
+    return out
+
+
 def attend_prefill(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, lengths: Sequence[int], scale: float
 ) -> torch.Tensor:
-    """Attend causally within each of several sequences that lie one after another.
+    """Attend causally within each of several sequences that lie one after another, one by one.
 
     query: [num_heads, num_tokens, head_dim]. keys, values: [num_kv_heads, num_tokens, head_dim].
     returns: [num_tokens, num_heads * head_dim].

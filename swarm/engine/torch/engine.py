@@ -2,25 +2,28 @@
 
     step = admit waiting requests (prefill each prompt once) · draw their first token · decode one token of all
 
-What it is made of: `runner` runs the model, `sampling` draws tokens, `slots` holds what is running. It
-exists because no library gives batched speculation, partial rollouts and live weights at once.
+What it is made of: `runner` runs the model, `sampling` draws tokens, `slots` holds what is running, and off
+the CPU `graphs` records what a step does. It exists because no library gives batched speculation, partial
+rollouts and live weights at once.
 """
 
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from swarm.config import EngineConfig
 from swarm.engine.base import Engine, EngineStats, Request
 from swarm.engine.torch.generic import GenericRunner
+from swarm.engine.torch.graphs import DecodeStep
 from swarm.engine.torch.llama import LlamaRunner
 from swarm.engine.torch.native.runner import NativeRunner
 from swarm.engine.torch.runner import ModelRunner
-from swarm.engine.torch.sampling import sample
+from swarm.engine.torch.sampling import Mode, sample
 from swarm.engine.torch.slots import Running, Slots
-from swarm.types import Completion
+from swarm.types import Completion, FinishReason
 
 __all__ = ["TorchEngine"]
 
@@ -38,10 +41,12 @@ class TorchEngine(Engine):
         config: EngineConfig,
         max_seq_len: int = 0,
         runner: type[ModelRunner] | None = None,
+        record_graphs: bool = True,
     ) -> None:
         """max_seq_len: prompt and completion, in tokens; 0 takes the config's, or the model's limit.
 
         runner: what runs the model; None takes the first that supports it.
+        record_graphs: whether to record decode steps as graphs on a device that has them.
         """
         kinds = (NativeRunner, LlamaRunner, GenericRunner) if runner is None else (runner,)
         kind = next((kind for kind in kinds if kind.supports(model)), None)
@@ -54,7 +59,10 @@ class TorchEngine(Engine):
         self.max_seq_len = min(capacity, limit or capacity)
         with torch.inference_mode():
             self._runner: ModelRunner = kind(model, config.max_slots, self.max_seq_len)
-            self._slots = Slots(config.max_slots, self.max_seq_len, sorted(eos_token_ids), self._runner.device)
+            self._slots = Slots(config.max_slots, self.max_seq_len, sorted(eos_token_ids))
+            self._decode_step: DecodeStep | None = None
+            if self._runner.device.type != "cpu":
+                self._decode_step = DecodeStep(self._runner, config.max_slots, self.max_seq_len, record=record_graphs)
         self._waiting: deque[Running] = deque()
         self._shapes = _shapes(model.state_dict())
         self._version = 0
@@ -108,11 +116,15 @@ class TorchEngine(Engine):
     def step(self) -> list[Completion]:
         """Admit, then decode one token of every running request; see Engine."""
         done = self._admit() if self._waiting and self._slots.num_free else []
-        if len(self._slots):
-            slots, n = self._slots, len(self._slots)
-            hidden = self._runner.decode(slots.last_tokens[:n], slots.cached.tolist())
-            slots.cached += 1
-            done += self._draw(self._runner.logits(hidden), range(n))
+        slots, n = self._slots, len(self._slots)
+        if n:
+            if self._decode_step is not None:
+                tokens, logprobs = self._decode_step(slots)
+            else:
+                hidden = self._runner.decode(torch.from_numpy(slots.last_tokens[:n]), slots.cached[:n].tolist())
+                tokens, logprobs = self._draw(self._runner.logits(hidden), slice(0, n))
+            slots.cached[:n] += 1
+            done += self._append(slice(0, n), tokens, logprobs)
             self.stats.num_steps += 1
             self.stats.num_slot_steps += n
         return done
@@ -138,31 +150,37 @@ class TorchEngine(Engine):
             if len(group) > 1:
                 self._runner.copy_prefix(group[0].slot, [running.slot for running in group[1:]], len(sequence))
         self.stats.num_tokens_prefilled += num_tokens
-        where = [slot for group in admitted.values() for slot in (running.slot for running in group)]
+        where = np.array([running.slot for group in admitted.values() for running in group])
         order = [row for row, group in enumerate(admitted.values()) for _ in group]
-        logits = self._runner.logits(hidden)[order]
-        return self._draw(logits, where)
+        logits = self._runner.logits(hidden)[torch.tensor(order, device=hidden.device)]
+        return self._append(where, *self._draw(logits, where))
 
-    def _draw(self, logits: torch.Tensor, where: Sequence[int]) -> list[Completion]:
-        """Draw the next token of some slots and return what has finished. logits: [len(where), vocab]."""
+    def _draw(self, logits: torch.Tensor, rows: slice | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the next token of some slots, and its log-probability. logits: [len(rows), vocab]."""
         slots = self._slots
-        rows = slots.rows(where)
-        tokens, logprobs = sample(
-            logits, slots.seeds[rows], slots.generated[rows], slots.temperatures(rows), *slots.truncation(rows)
-        )
-        self.stats.num_tokens_generated += len(where)
-        finished = slots.append(rows, tokens, logprobs)
-        return [self._finish(running, reason) for running, reason in finished]
+        settings = slots.temperature[rows], slots.top_k[rows], slots.top_p[rows]
+        columns = slots.seeds[rows], slots.generated[rows], *settings
+        tensors = (torch.from_numpy(column).to(logits.device) for column in columns)
+        tokens, logprobs = sample(logits, *tensors, mode=Mode.of(*settings))
+        return tokens.cpu().numpy(), logprobs.cpu().numpy()
 
-    def _finish(self, running: Running, reason: Any) -> Completion:
-        """Free a slot, keeping the occupied ones dense, and return what it holds."""
+    def _append(self, rows: slice | np.ndarray, tokens: np.ndarray, logprobs: np.ndarray) -> list[Completion]:
+        """Write the next token of some slots and return what has finished."""
+        finished = self._slots.append(rows, tokens, logprobs)
+        self.stats.num_tokens_generated += len(tokens)
+        return self._finish(finished)
+
+    def _finish(self, finished: Sequence[tuple[Running, FinishReason]]) -> list[Completion]:
+        """Free slots, keeping the occupied ones dense, and return what they hold."""
         slots = self._slots
-        completion = slots.completion(running, reason)
-        last = len(slots) - 1
-        if running.slot != last:
-            self._runner.move(last, running.slot, int(slots.cached[last]))
-        slots.remove(running)
-        return completion
+        completions = [slots.completion(running, reason) for running, reason in finished]
+        # from the last slot on: what fills a gap is then never about to leave itself
+        for running in sorted((running for running, _ in finished), key=lambda running: -running.slot):
+            last = len(slots) - 1
+            if running.slot != last:
+                self._runner.move(last, running.slot, int(slots.cached[last]))
+            slots.remove(running)
+        return completions
 
     @torch.inference_mode()
     def abort(self, request_ids: Collection[int] | None = None) -> list[Completion]:
@@ -173,10 +191,8 @@ class TorchEngine(Engine):
             if wanted is None or running.request.request_id in wanted:
                 self._waiting.remove(running)
                 stopped.append(running.unstarted())
-        for running in list(self._slots):
-            if wanted is None or running.request.request_id in wanted:
-                stopped.append(self._finish(running, "aborted"))
-        return stopped
+        running_too = [one for one in self._slots if wanted is None or one.request.request_id in wanted]
+        return stopped + self._finish([(running, "aborted") for running in running_too])
 
     @torch.inference_mode()
     def load_policy(self, state: Mapping[str, torch.Tensor], version: int) -> None:
@@ -200,6 +216,7 @@ class TorchEngine(Engine):
     def close(self) -> None:
         """Drop the requests, the weights and the cache; the engine cannot be used afterwards."""
         self._waiting.clear()
+        self.__dict__.pop("_decode_step", None)
         self.__dict__.pop("_runner", None)
         self.__dict__.pop("_slots", None)
 

@@ -18,7 +18,7 @@ import transformers
 from torch import nn
 from torch.nn import functional
 
-from swarm.engine.torch.attention import attend_slots, length_mask
+from swarm.engine.torch.attention import attend_slots, attend_within, length_mask, position_mask
 from swarm.engine.torch.linear import PackedLinear, can_pack
 from swarm.engine.torch.runner import ModelRunner
 from swarm.errors import ModelError
@@ -35,9 +35,35 @@ _TOLERANCE_HALF = 0.1  # the same for narrower dtypes
 class _Pass:
     """What the attention function needs to know of the forward pass that runs."""
 
-    def __init__(self, slots: Sequence[int], lengths: Sequence[int], decoding: bool) -> None:
-        self.slots, self.lengths, self.decoding = slots, lengths, decoding
+    def __init__(
+        self, slots: torch.Tensor, positions: torch.Tensor, longest: int, lengths: Sequence[int] | None
+    ) -> None:
+        """slots: [batch]. positions: [batch, num_new]. longest: more than any position.
+
+        lengths: of decoding on a CPU, tokens that each slot holds; None elsewhere and in prefill.
+        """
+        self.slots, self.positions, self.longest, self.lengths = slots, positions, longest, lengths
+        self.decoding = False
         self.masks: dict[tuple[int, int], torch.Tensor | None] = {}  # (num_kv_heads, window) -> decode mask
+
+    def mask(self, num_kv_heads: int, window: int, dtype: torch.dtype) -> torch.Tensor | None:
+        """Return what to add to the scores of a decode step; made once for all layers of one kind."""
+        key = (num_kv_heads, window)
+        if key not in self.masks:
+            self.masks[key] = self._mask(num_kv_heads, window, dtype)
+        return self.masks[key]
+
+    def _mask(self, num_kv_heads: int, window: int, dtype: torch.dtype) -> torch.Tensor | None:
+        if self.lengths is None:
+            return position_mask(self.positions[:, 0] + 1, self.longest, dtype, window)
+        totals = [length + 1 for length in self.lengths]
+        mask = length_mask(totals, num_kv_heads, self.slots.device, dtype)
+        if window and self.longest > window:
+            limits = torch.tensor(totals).repeat_interleave(num_kv_heads)[:, None]
+            old = torch.arange(self.longest) < limits - window
+            mask = torch.zeros_like(old[:, None], dtype=dtype) if mask is None else mask
+            mask = mask.masked_fill(old[:, None], -torch.inf)
+        return mask
 
 
 class _SlotCache(transformers.Cache):  # type: ignore[misc]
@@ -65,15 +91,8 @@ class _SlotCache(transformers.Cache):  # type: ignore[misc]
         if current is None:
             raise RuntimeError("the cache is written outside a pass of the engine")
         side = self.side(layer, keys)
-        if current.decoding:
-            n = len(current.lengths)
-            slots, positions = torch.arange(n, device=keys.device), torch.tensor(current.lengths, device=keys.device)
-            side[0][slots, :, positions] = keys[:, :, 0].to(side.dtype)
-            side[1][slots, :, positions] = values[:, :, 0].to(side.dtype)
-        else:
-            slot, length = current.slots[0], current.lengths[0]
-            side[0, slot, :, :length] = keys[0].to(side.dtype)
-            side[1, slot, :, :length] = values[0].to(side.dtype)
+        for stored, new in zip(side, (keys, values), strict=True):
+            stored[current.slots[:, None], :, current.positions] = new.transpose(1, 2).to(side.dtype)
         return keys, values
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -117,19 +136,13 @@ def _attend(
         )  # fmt: skip
         return out.transpose(1, 2), None
     side = cache.side(int(module.layer_idx), keys)  # type: ignore[arg-type]
-    num_kv_heads, window = keys.shape[1], sliding_window or 0
-    totals = [length + 1 for length in current.lengths]
-    key = (num_kv_heads, window)
-    if key not in current.masks:
-        mask = length_mask(totals, num_kv_heads, query.device, side.dtype)
-        if window and max(totals) > window:
-            limits = torch.tensor(totals, device=query.device).repeat_interleave(num_kv_heads)[:, None]
-            old = torch.arange(max(totals), device=query.device) < limits - window
-            mask = torch.zeros_like(old[:, None], dtype=side.dtype) if mask is None else mask
-            mask = mask.masked_fill(old[:, None], -torch.inf)
-        current.masks[key] = mask
+    num_kv_heads = keys.shape[1]
+    mask = current.mask(num_kv_heads, sliding_window or 0, side.dtype)
     scaled = (query[:, :, 0].to(side.dtype) * scale).unflatten(1, (num_kv_heads, -1))
-    attended = attend_slots(scaled, side[0], side[1], max(totals), current.masks[key])
+    if current.lengths is None and mask is not None:
+        attended = attend_within(scaled, side[0], side[1], mask)
+    else:
+        attended = attend_slots(scaled, side[0], side[1], current.longest, mask)
     return attended.to(query.dtype).view(query.shape[0], 1, query.shape[1], -1), None
 
 
@@ -191,13 +204,17 @@ class GenericRunner(ModelRunner):
             name = type(self._model).__name__
             raise ModelError(f"the torch engine does not compute what {name} computes; choose another --model")
 
-    def _forward(self, tokens: torch.Tensor, positions: torch.Tensor, current: _Pass) -> torch.Tensor:
-        """tokens, positions: [batch, num_new]. returns: the logits after the last token, [batch, vocab]."""
-        self._cache.current = current
+    def _forward(self, tokens: torch.Tensor, current: _Pass, *, decoding: bool) -> torch.Tensor:
+        """tokens: [batch, num_new]. returns: the logits after the last token, [batch, vocab]."""
+        self._cache.current, current.decoding = current, decoding
         _cache_of_pass.append(self._cache)
         try:
             out = self._model(
-                input_ids=tokens, position_ids=positions, past_key_values=self._cache, use_cache=True, **self._last_only
+                input_ids=tokens,
+                position_ids=current.positions,
+                past_key_values=self._cache,
+                use_cache=True,
+                **self._last_only,
             )
         finally:
             _cache_of_pass.pop()
@@ -206,19 +223,34 @@ class GenericRunner(ModelRunner):
         return logits
 
     def prefill(self, sequences: Sequence[Sequence[int]], slots: Sequence[int]) -> torch.Tensor:
-        """Fill slots one by one; see ModelRunner."""
-        last = []
-        for sequence, slot in zip(sequences, slots, strict=True):
-            tokens = torch.tensor([list(sequence)], device=self.device)
-            positions = torch.arange(len(sequence), device=self.device)[None]
-            current = _Pass([slot], [len(sequence)], decoding=False)
-            last.append(self._forward(tokens, positions, current))
-        return torch.cat(last)
+        """Fill slots, on a CPU one by one, elsewhere all of one length together; see ModelRunner."""
+        batches: dict[int, list[int]] = {}
+        for index, sequence in enumerate(sequences):
+            batches.setdefault(index if self.device.type == "cpu" else len(sequence), []).append(index)
+        last, order = [], []
+        for members in batches.values():
+            tokens = torch.tensor([list(sequences[index]) for index in members], device=self.device)
+            places = torch.tensor([slots[index] for index in members], device=self.device)
+            length = tokens.shape[1]
+            positions = torch.arange(length, device=self.device).expand(tokens.shape)
+            last.append(self._forward(tokens, _Pass(places, positions, length, None), decoding=False))
+            order += members
+        return torch.cat(last)[torch.tensor(order).argsort().to(self.device)]
 
     def decode(self, tokens: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
         """Append one token to each slot; see ModelRunner."""
-        positions = torch.tensor(lengths, device=self.device)[:, None]
-        return self._forward(tokens[:, None], positions, _Pass(range(len(lengths)), lengths, decoding=True))
+        positions, longest = torch.tensor(lengths, device=self.device), max(lengths) + 1
+        return self._decode(tokens, positions, longest, lengths if self.device.type == "cpu" else None)
+
+    def decode_within(self, tokens: torch.Tensor, lengths: torch.Tensor, longest: int) -> torch.Tensor:
+        """Append one token to each slot, recordably where the model's own code is; see ModelRunner."""
+        return self._decode(tokens, lengths, longest, None)
+
+    def _decode(
+        self, tokens: torch.Tensor, positions: torch.Tensor, longest: int, lengths: Sequence[int] | None
+    ) -> torch.Tensor:
+        slots = torch.arange(len(tokens), device=self.device)
+        return self._forward(tokens[:, None], _Pass(slots, positions[:, None], longest, lengths), decoding=True)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """The model's own forward pass has applied its head; see ModelRunner."""
@@ -226,9 +258,9 @@ class GenericRunner(ModelRunner):
 
     def copy_prefix(self, source: int, targets: Sequence[int], length: int) -> None:
         """Copy the start of one slot to others; see ModelRunner."""
+        to = torch.tensor(targets, device=self.device)
         for side in self._cache.sides.values():
-            for target in targets:
-                side[:, target, :, :length] = side[:, source, :, :length]
+            side[:, to, :, :length] = side[:, source : source + 1, :, :length]
 
     def load(self, state: Mapping[str, torch.Tensor]) -> None:
         """Take new weights; see ModelRunner."""

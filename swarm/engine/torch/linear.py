@@ -33,6 +33,12 @@ class PackedLinear:
         if self.packed:
             self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _PACK_FOR_NUM_ROWS)
 
+    def copy_(self, other: "PackedLinear") -> None:
+        """Take the weights of another layer of the same shape, in place. Neither may be packed."""
+        self.weight.copy_(other.weight)
+        if self.bias is not None and other.bias is not None:
+            self.bias.copy_(other.bias)
+
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x: [num_rows, in_features]. returns: [num_rows, out_features]."""
         if self.packed:
@@ -41,10 +47,10 @@ class PackedLinear:
         return functional.linear(x, self.weight, self.bias)
 
     def plus(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        """Return `self(x) + residual`. residual: [num_rows, out_features]."""
+        """Return `self(x) + residual`, which may lie where the residual did. residual: [num_rows, out_features]."""
         if self.packed:
             out: torch.Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, residual, self.weight, self.bias, "add")
             return out
         if self.bias is None:
-            return torch.addmm(residual, x, self.weight.t())
+            return residual.addmm_(x, self.weight.t())
         return functional.linear(x, self.weight, self.bias).add_(residual)

@@ -6,17 +6,26 @@ matmul, the rotation as one complex product. Rows of the query and key weights a
 the two halves of a rotated pair lie side by side; scores do not change, since both get the same order.
 
 On CPUs the cache and the attention are float32 whatever the weights are: batched matmuls of a few rows
-are faster in float32 there, and more exact.
+are faster in float32 there, and more exact. Elsewhere nothing in a decode step waits for the device, and new weights
+go where the old ones lie, so that a step can be recorded as a graph.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.nn import functional
 
-from swarm.engine.torch.attention import attend_prefill, attend_slots, length_mask
+from swarm.engine.torch.attention import (
+    attend_prefill,
+    attend_rectangles,
+    attend_slots,
+    attend_within,
+    length_mask,
+    position_mask,
+    rectangles,
+)
 from swarm.engine.torch.linear import PackedLinear
 from swarm.engine.torch.runner import ModelRunner
 
@@ -74,6 +83,12 @@ class _Layer:
     gate_up: PackedLinear
     down: PackedLinear
 
+    def copy_(self, other: "_Layer") -> None:
+        """Take the weights of another layer, in place."""
+        for name, own in vars(self).items():
+            if own is not None:
+                own.copy_(getattr(other, name))
+
 
 def _pairs_side_by_side(rows: torch.Tensor, head_dim: int) -> torch.Tensor:
     """Reorder the rows of each head from (first half, second half) to pairs. rows: [num_heads * head_dim, ...]."""
@@ -83,6 +98,10 @@ def _pairs_side_by_side(rows: torch.Tensor, head_dim: int) -> torch.Tensor:
 
 class LlamaRunner(ModelRunner):
     """Runs a Llama-shaped model from a state dict of its own."""
+
+    embedding: torch.Tensor
+    head: PackedLinear
+    final_norm: torch.Tensor
 
     def __init__(self, model: Any, num_slots: int, capacity: int) -> None:
         shape = LlamaShape.of(model)
@@ -123,6 +142,13 @@ class LlamaRunner(ModelRunner):
     def load(self, state: Mapping[str, torch.Tensor]) -> None:
         """Take new weights; see ModelRunner."""
         state = {name: tensor.detach().to(self.device, self.dtype) for name, tensor in state.items()}
+        if self._layers and self.device.type != "cpu":
+            self.embedding.copy_(state["model.embed_tokens.weight"])
+            self.head.weight.copy_(state.get("lm_head.weight", self.embedding))
+            self.final_norm.copy_(state["model.norm.weight"])
+            for index, layer in enumerate(self._layers):
+                layer.copy_(self._layer(state, f"model.layers.{index}."))
+            return
         self.embedding = state["model.embed_tokens.weight"].clone()
         head = state.get("lm_head.weight", self.embedding)
         self.head = PackedLinear(head.clone() if head is not self.embedding else head)
@@ -193,20 +219,37 @@ class LlamaRunner(ModelRunner):
 
     def decode(self, tokens: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
         """Append one token to each slot; see ModelRunner."""
-        n, longest = len(lengths), max(lengths) + 1
-        positions = torch.tensor(lengths, device=self.device)
+        positions, longest = torch.tensor(lengths, device=self.device), max(lengths) + 1
+        if self.device.type != "cpu":
+            return self.decode_within(tokens, positions, longest)
+        mask = length_mask([length + 1 for length in lengths], self.num_kv_heads, self.device, self.cache_dtype)
+        return self._decode(
+            tokens, positions, lambda query, cache: attend_slots(query, cache[0], cache[1], longest, mask)
+        )
+
+    def decode_within(self, tokens: torch.Tensor, lengths: torch.Tensor, longest: int) -> torch.Tensor:
+        """Append one token to each slot, recordably; see ModelRunner."""
+        mask = position_mask(lengths + 1, longest, self.cache_dtype)
+        return self._decode(tokens, lengths, lambda query, cache: attend_within(query, cache[0], cache[1], mask))
+
+    def _decode(
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        attend: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    ) -> torch.Tensor:
+        """tokens, positions: int64 [n]. attend: from scaled queries and a layer's cache to [n, heads * head_dim]."""
+        n = len(tokens)
         rotation = self._rotation[positions][:, None] * self._head_scale  # [n, rotated heads, head_dim / 2]
         slots = torch.arange(n, device=self.device) * self._slot_stride
         rows = ((slots + positions)[:, None] + self._head_rows).flatten()  # [n * 2 * num_kv_heads]
-        mask = length_mask([length + 1 for length in lengths], self.num_kv_heads, self.device, self.cache_dtype)
         group = self.num_heads // self.num_kv_heads
         hidden = self.embedding[tokens]  # [n, hidden]
         for layer, cache in zip(self._layers, self.cache, strict=True):
             query, new = self._project(layer, hidden, rotation)
             cache.view(-1, self.head_dim).index_copy_(0, rows, new.reshape(-1, self.head_dim))
             query = query.unflatten(1, (self.num_kv_heads, group))
-            attended = attend_slots(query, cache[0], cache[1], longest, mask)
-            hidden = layer.out.plus(attended.to(self.dtype), hidden)
+            hidden = layer.out.plus(attend(query, cache).to(self.dtype), hidden)
             hidden = self._feed_forward(layer, hidden)
         return torch.rms_norm(hidden, hidden.shape[-1:], self.final_norm, self.epsilon)
 
@@ -214,19 +257,23 @@ class LlamaRunner(ModelRunner):
         """Fill slots with whole sequences; see ModelRunner."""
         lengths = [len(sequence) for sequence in sequences]
         tokens = torch.tensor([token for sequence in sequences for token in sequence], device=self.device)
-        positions = torch.cat([torch.arange(length, device=self.device) for length in lengths])
+        positions = torch.cat([torch.arange(length) for length in lengths]).to(self.device)
         rotation = self._rotation[positions][:, None] * self._head_scale
-        starts = torch.tensor(slots, device=self.device).repeat_interleave(torch.tensor(lengths, device=self.device))
+        starts = torch.tensor(slots).repeat_interleave(torch.tensor(lengths)).to(self.device)
         rows = ((starts * self._slot_stride + positions)[:, None] + self._head_rows).flatten()
+        groups = rectangles(lengths, self.device) if self.device.type != "cpu" else []
         hidden = self.embedding[tokens]  # [num_tokens, hidden]
         for layer, cache in zip(self._layers, self.cache, strict=True):
             query, new = self._project(layer, hidden, rotation)
             cache.view(-1, self.head_dim).index_copy_(0, rows, new.reshape(-1, self.head_dim))
-            keys, values = new.transpose(0, 1).split(self.num_kv_heads)  # [num_kv_heads, num_tokens, head_dim]
-            attended = attend_prefill(query.transpose(0, 1), keys, values, lengths, scale=1.0)
+            if groups:
+                attended = attend_rectangles(query, new[:, : self.num_kv_heads], new[:, self.num_kv_heads :], groups)
+            else:
+                keys, values = new.transpose(0, 1).split(self.num_kv_heads)  # [num_kv_heads, num_tokens, head_dim]
+                attended = attend_prefill(query.transpose(0, 1), keys, values, lengths, scale=1.0)
             hidden = layer.out.plus(attended.to(self.dtype), hidden)
             hidden = self._feed_forward(layer, hidden)
-        last = torch.tensor(lengths, device=self.device).cumsum(0) - 1
+        last = (torch.tensor(lengths).cumsum(0) - 1).to(self.device)
         return torch.rms_norm(hidden[last], hidden.shape[-1:], self.final_norm, self.epsilon)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -235,6 +282,8 @@ class LlamaRunner(ModelRunner):
 
     def copy_prefix(self, source: int, targets: Sequence[int], length: int) -> None:
         """Copy the start of one slot to others; see ModelRunner."""
-        prefix = self.cache[:, :, source, :, :length]
-        for target in targets:
-            self.cache[:, :, target, :, :length] = prefix
+        prefix = self.cache[:, :, source : source + 1, :, :length]
+        if len(targets) == 1:  # a view, not an index that must be brought to the device
+            self.cache[:, :, targets[0] : targets[0] + 1, :, :length] = prefix
+        else:
+            self.cache[:, :, torch.tensor(targets, device=self.device), :, :length] = prefix

@@ -46,6 +46,13 @@ class ModelRunner(ABC):
         tokens: int64 [n]. lengths: tokens that each slot holds before this one. returns: [n, hidden].
         """
 
+    def decode_within(self, tokens: torch.Tensor, lengths: torch.Tensor, longest: int) -> torch.Tensor:
+        """Like `decode`, with lengths that lie on the device, each less than `longest`.
+
+        Nothing in it waits for the device, so that it can be recorded as a graph. Runners for the CPU lack it.
+        """
+        raise NotImplementedError(f"{type(self).__name__} runs on the CPU alone")
+
     @abstractmethod
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden: [num_rows, hidden]. returns: [num_rows, vocab]."""
@@ -56,7 +63,10 @@ class ModelRunner(ABC):
 
     @abstractmethod
     def load(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Take new weights by the names of the model's `state_dict`. The cache is stale afterwards."""
+        """Take new weights by the names of the model's `state_dict`. The cache is stale afterwards.
+
+        Off the CPU they go where the old ones lie: recorded graphs hold their addresses.
+        """
 
     def move(self, source: int, target: int, length: int) -> None:
         """Make what slot `source` holds the content of slot `target`; what `target` held is lost."""

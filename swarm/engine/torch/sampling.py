@@ -10,13 +10,36 @@ the noise falls where they differ: each level agrees with probability at least (
 """
 
 import math
+from dataclasses import dataclass
+from typing import Literal
 
+import numpy as np
 import torch
 
 from swarm.engine.torch.native import kernels
 from swarm.engine.torch.noise import gumbel
 
-__all__ = ["block_size", "sample"]
+__all__ = ["Mode", "block_size", "sample"]
+
+
+@dataclass(frozen=True, slots=True)
+class Mode:
+    """What the rows of a batch ask for together: steps that no row needs are left out."""
+
+    greedy: Literal["none", "some", "all"]
+    scaled: bool  # some temperature is neither 0 nor 1
+    truncated: bool  # some row has a top-k or a top-p
+
+    @classmethod
+    def of(cls, temperature: np.ndarray, top_k: np.ndarray | None = None, top_p: np.ndarray | None = None) -> "Mode":
+        """Look at the settings of the rows, [num_rows] each, on the host."""
+        greedy = temperature == 0
+        truncated = top_k is not None and top_p is not None and bool((top_k != 0).any() or (top_p != 1).any())
+        return cls(
+            "all" if greedy.all() else "some" if greedy.any() else "none",
+            bool((~greedy & (temperature != 1)).any()),
+            truncated,
+        )
 
 
 def block_size(vocab_size: int) -> int:
@@ -52,21 +75,25 @@ def sample(
     temperature: torch.Tensor,
     top_k: torch.Tensor | None = None,
     top_p: torch.Tensor | None = None,
+    *,
+    mode: Mode | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Draw one token a row.
 
-    logits: [num_rows, vocab], any float dtype. seeds, positions: int64 [num_rows]. temperature: float32
-    [num_rows] on the CPU; a row with 0 takes its largest logit, with its log-probability at temperature 1.
-    top_k, top_p: [num_rows], or None where every row has them off.
+    logits: [num_rows, vocab], any float dtype. seeds, positions: int64 [num_rows]. temperature: float32 [num_rows];
+    a row with 0 takes its largest logit, with its log-probability at temperature 1. top_k, top_p: [num_rows], or
+    None where every row has them off. mode: of these settings; None reads them, which on a GPU waits for it.
     returns: tokens int64 [num_rows], and their float32 log-probabilities under the distribution that was
     sampled from.
     """
+    if mode is None:
+        settings = (None if each is None else each.cpu().numpy() for each in (temperature, top_k, top_p))
+        mode = Mode.of(*settings)  # type: ignore[arg-type]
     num_rows, vocab = logits.shape
     scaled = logits.float()
-    greedy = temperature == 0
-    if not bool((temperature == 1).all()):
-        scaled = scaled / temperature.masked_fill(greedy, 1.0).to(scaled.device)[:, None]
-    if top_k is not None and top_p is not None:
+    if mode.scaled:
+        scaled = scaled / temperature.masked_fill(temperature == 0, 1.0)[:, None]
+    if mode.truncated and top_k is not None and top_p is not None:
         scaled = _keep_top(scaled, top_k, top_p)
     width = block_size(vocab)
     if vocab % width:
@@ -75,14 +102,14 @@ def sample(
     num_blocks = blocks.shape[1]
     block_mass = _block_mass(blocks)  # [num_rows, num_blocks]
     total = block_mass.logsumexp(-1, keepdim=True)  # [num_rows, 1]
-    if bool(greedy.all()):
+    if mode.greedy == "all":
         tokens = scaled.argmax(-1)
     else:
         noise = gumbel(seeds, positions, num_blocks + width)
         block = (block_mass + noise[:, :num_blocks]).argmax(-1, keepdim=True)  # [num_rows, 1]
         inside = blocks.gather(1, block[:, :, None].expand(-1, -1, width)).squeeze(1)  # [num_rows, width]
         tokens = (block * width).squeeze(1) + (inside + noise[:, num_blocks:]).argmax(-1)
-        if bool(greedy.any()):
-            tokens = torch.where(greedy.to(tokens.device), scaled.argmax(-1), tokens)
+        if mode.greedy == "some":
+            tokens = torch.where(temperature == 0, scaled.argmax(-1), tokens)
     logprobs = (scaled.gather(1, tokens[:, None]) - total).squeeze(1)
     return tokens, logprobs
