@@ -160,7 +160,7 @@ class Transport(ABC):
         """Reach the node behind a multiaddress; return its node id. Raises PeerUnreachable or RequestTimedOut.
 
         Raises ClockSkewed, a PeerUnreachable, where the transport sees that the two clocks disagree, and ValueError
-        for text that is no address of this transport.
+        for text that is no address of this transport, or the node's own.
         """
 
     @abstractmethod

@@ -68,12 +68,14 @@ STREAM_PROTOCOL = "/swarm-node/request/1"
 MAX_STREAMS = 256  # that peers have open at one time
 MAX_STREAMS_PER_PEER = 32
 PING_INTERVAL_S = 2.0  # at which p2pd is asked for its addresses
+MIN_PING_INTERVAL_S = 0.2  # where strangers call
 PING_TIMEOUT_S = 5.0
 NUM_MISSED_PINGS = 2  # after which p2pd hangs
 STORE_TIMEOUT_S = 20.0
 RESTART_DELAYS_S = (0.0, 0.2, 0.5, 1.0, 2.0, 4.0, 8.0, 15.0)  # before each attempt; then the transport has failed
 REJOIN_TIMEOUT_S = 10.0
 MAX_KNOWN_PEERS = 64  # that are connected to again after a restart
+MIN_KNOWN_PEERS = 8  # with fewer, a stranger who calls is noted at once
 _PEER_ADDRESS = re.compile(r"(/.+)/p2p/([1-9A-HJ-NP-Za-km-z]+)\Z")
 
 
@@ -103,6 +105,7 @@ class HivemindTransport(Transport):
         self._addresses: tuple[str, ...] = ()
         self._refused: set[str] = set()  # peers that were disconnected from here
         self._known: OrderedDict[str, str] = OrderedDict()  # addresses by node id, of connected peers
+        self._stranger = asyncio.Event()  # somebody called whose address is not known
         self._num_streams: Counter[str] = Counter()  # by asker
         self._answering: dict[asyncio.Task[None], str] = {}
         self._bytes_in = self._bytes_out = self._num_in = self._num_out = self._num_restarts = 0
@@ -154,7 +157,7 @@ class HivemindTransport(Transport):
 
         self._record_validator = OwnedRecordValidator(self._validator, self._clock)
         self._storage = BoundedStorage(self._clock)
-        self._filter = DhtFilter(self._record_validator, self._storage, self._refused.__contains__)
+        self._filter = DhtFilter(self._record_validator, self._storage, self._is_refused)
         self._session = await self._open_session()
         self._state = "up"
         self._supervisor = asyncio.create_task(self._supervise(self._session), name="p2pd supervisor")
@@ -272,6 +275,12 @@ class HivemindTransport(Transport):
             raise TransportDown("p2pd is being restarted" if self._state == "up" else "the transport is not running")
         return self._session
 
+    def _is_refused(self, node_id: str) -> bool:
+        """Whether a peer that calls is to be turned away."""
+        if node_id not in self._known and len(self._known) < MIN_KNOWN_PEERS:
+            self._stranger.set()
+        return node_id in self._refused
+
     def _remember(self, node_id: str, address: str) -> None:
         self._known[node_id] = address
         self._known.move_to_end(node_id)
@@ -333,7 +342,10 @@ class HivemindTransport(Transport):
         num_missed = 0
         try:
             while num_missed < NUM_MISSED_PINGS:
-                await asyncio.wait({ended}, timeout=PING_INTERVAL_S)
+                self._stranger.clear()
+                stranger = asyncio.create_task(self._stranger.wait())
+                await asyncio.wait({ended, stranger}, timeout=PING_INTERVAL_S, return_when=asyncio.FIRST_COMPLETED)
+                stranger.cancel()
                 if ended.done():
                     return
                 try:
@@ -348,6 +360,7 @@ class HivemindTransport(Transport):
                     num_missed = 0
                     for peer, addresses in peers:
                         self._note_peer(peer, addresses)
+                    await asyncio.wait({ended}, timeout=MIN_PING_INTERVAL_S)
         finally:
             ended.cancel()
 
@@ -390,7 +403,7 @@ class HivemindTransport(Transport):
             self.broken_streams["foreign_peer"] += 1
             writer.transport.abort()
             return
-        if asker in self._refused:
+        if self._is_refused(asker):
             self.broken_streams["disconnected_peer"] += 1
         elif self._num_streams.total() >= MAX_STREAMS or self._num_streams[asker] >= MAX_STREAMS_PER_PEER:
             self.broken_streams["too_many_streams"] += 1

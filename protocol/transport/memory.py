@@ -36,7 +36,7 @@ from protocol.transport.base import (
     Transport,
     TransportDown,
 )
-from protocol.transport.dispatch import MAX_REQUESTS, MAX_REQUESTS_PER_ASKER, TOO_LARGE, Dispatcher
+from protocol.transport.dispatch import MAX_REQUESTS, MAX_REQUESTS_PER_ASKER, TOO_LARGE, Dispatcher, check_name
 from protocol.transport.peer_id import node_id_of_peer, peer_id_of
 
 __all__ = ["Faults", "MemoryNetwork", "MemoryTransport"]
@@ -207,6 +207,9 @@ class MemoryTransport(Transport):
             peer = None
         if peer is None:
             raise ValueError(f"not an address of this transport: {address[:200]!r}; it looks like {self._address}")
+        if peer == self._node_id:
+            raise ValueError("this is the node's own address: name another node's")
+        self._check_up()
         was_refused = peer in self._refused
         self._refused.discard(peer)
         try:
@@ -227,6 +230,8 @@ class MemoryTransport(Transport):
         self, node_id: str, name: str, payload: bytes, *, max_response_bytes: int, timeout_s: float
     ) -> bytes:
         """Ask a peer; return its response."""
+        self._check_up()
+        check_name(name)
         if len(payload) > MAX_FRAME_BYTES:
             raise RequestRefused(TOO_LARGE, f"a request has at most {MAX_FRAME_BYTES} bytes")
         self._num_out += 1
