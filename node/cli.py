@@ -1,44 +1,33 @@
 """The command line, `swarm-node`: reads what was typed, and hands it to the module that does it.
 
 Everything slow is imported by the command that needs it, so that `--help` answers at once. A user's mistake is
-one line on stderr and status 2; see `node.silo` for the other exit statuses.
+one line on stderr and status 2; see `node.running` for the other exit statuses. What belongs to a swarm is in
+`node.cli_swarm`.
 """
 
 import os
 import sys
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
+from node.cli_swarm import add_commands
 from node.openmp import choose_waiting
+from node.options import RUNS, in_run_folder, layers_of, with_run, with_settings
 
 if TYPE_CHECKING:
-    from node.layers import Layer, ResolvedConfig
+    from node.config import RunConfig
+    from node.layers import ResolvedConfig
+    from node.run_folder import RunFolder
 
 __all__ = ["cli", "main", "run"]
 
 USER_ERROR = 2
 DIVERGED = 3
 INTERRUPTED = 130
-_RUNS = Path("runs")
-
-_settings_options = [
-    click.option("--model", metavar="NAME", help="tiny, smollm2-135m, a folder, a .gguf file or a hub id.  [tiny]"),
-    click.option("--tasks", metavar="LIST", help="As in products:2,chain_sum or questions.jsonl; weight after colon."),
-    click.option("--config", "config_file", type=click.Path(path_type=Path), help="A TOML file with settings."),
-    click.option("--set", "assignments", metavar="KEY=VALUE", multiple=True, help="Any setting; may be repeated."),
-]
-
-
-def with_settings(command: Any) -> Any:
-    """Add the options that settings come from."""
-    for option in reversed(_settings_options):
-        command = option(command)
-    return command
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -48,12 +37,7 @@ def cli() -> None:
 
 
 @cli.command()
-@with_settings
-@click.option("--rounds", type=int, metavar="N", help="Rounds until the run is finished.")
-@click.option("--seed", type=int, metavar="N", help="Fixes everything random.  [0]")
-@click.option("--run-dir", type=click.Path(path_type=Path), help="Where the run is kept.  [runs/MODEL-TIME]")
-@click.option("--resume", is_flag=True, help="Go on with the run in --run-dir, or with the newest in runs/.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object a round on stdout.")
+@with_run
 def silo(
     model: str | None,
     tasks: str | None,
@@ -66,26 +50,15 @@ def silo(
     as_json: bool,
 ) -> int:
     """Learn alone, on this machine."""
-    from node.layers import read_toml, resolve
-    from node.run_folder import RunFolder, newest_run, refuse_other_run
-    from node.silo import run_silo
+    from node.exchange import SiloExchange
+    from node.running import run_node
 
-    if run_dir is None and resume:
-        run_dir = newest_run(_RUNS).path
     flags = {"model.name": model, "tasks.sources": tasks, "rounds": rounds, "seed": seed}
-    layers = _layers(flags, config_file, assignments)
-    saved = RunFolder(run_dir).saved_config(resume) if run_dir is not None else None
-    if saved is not None:
-        layers.append(read_toml(saved))
-    config = resolve(layers).config
-    if run_dir is None:
-        run_dir = _new_run_dir(config.model.name)
-    with RunFolder(run_dir) as folder:
-        if saved is not None:
-            refuse_other_run(run_dir, resolve([read_toml(saved)]).config, config)
-        else:
-            folder.refuse_occupied()
-        return run_silo(config, folder, as_json=as_json)
+
+    def run(config: "RunConfig", folder: "RunFolder") -> int:
+        return run_node(config, folder, command="silo", make_exchange=lambda _: SiloExchange(), as_json=as_json)
+
+    return in_run_folder(layers_of(flags, config_file, assignments), [], run_dir, resume, run)
 
 
 @cli.command("eval")
@@ -109,7 +82,7 @@ def evaluate(
     if (run_dir is None) == (model is None):
         raise click.UsageError("name either a RUN_DIR or a --model")
     flags = {"model.name": model, "tasks.sources": tasks, "evaluation.num_items": items}
-    layers = _layers(flags, config_file, assignments)
+    layers = layers_of(flags, config_file, assignments)
     folder = None
     if run_dir is not None:
         folder = RunFolder(run_dir)
@@ -137,7 +110,7 @@ def export(run_dir: Path, target: Path) -> int:
 
 
 @cli.command()
-@click.option("--run-dir", type=click.Path(path_type=Path), default=_RUNS / "node", show_default=True)
+@click.option("--run-dir", type=click.Path(path_type=Path), default=RUNS / "node", show_default=True)
 def init(run_dir: Path) -> int:
     """Make the node's identity, a key pair that is never replaced."""
     from node.run_folder import RunFolder
@@ -161,7 +134,7 @@ def doctor(
     from node.layers import resolve
 
     flags = {"model.name": model, "tasks.sources": tasks}
-    return examine(resolve(_layers(flags, config_file, assignments)).config, as_json=as_json)
+    return examine(resolve(layers_of(flags, config_file, assignments)).config, as_json=as_json)
 
 
 @cli.group()
@@ -190,7 +163,7 @@ def show(
     from node.layers import resolve
 
     flags = {"model.name": model, "tasks.sources": tasks, "rounds": rounds, "seed": seed}
-    resolved = resolve(_layers(flags, config_file, assignments))
+    resolved = resolve(layers_of(flags, config_file, assignments))
     if origin or describe:
         _print_settings(resolved, origin=origin, describe=describe)
     else:
@@ -212,25 +185,7 @@ def _print_settings(resolved: "ResolvedConfig", *, origin: bool, describe: bool)
         click.echo(line.rstrip())
 
 
-def _layers(flags: Mapping[str, object], config_file: Path | None, assignments: Sequence[str]) -> list["Layer"]:
-    """Return the layers that every command reads, strongest first."""
-    from node.layers import Layer, read_assignments, read_environment, read_toml
-
-    given = {name: value for name, value in flags.items() if value is not None}
-    names = {"model.name": "--model", "tasks.sources": "--tasks", "evaluation.num_items": "--items"}
-    origins = {name: names.get(name, f"--{name}") for name in given}
-    layers = [Layer("command line", given, origins), read_assignments(assignments), read_environment()]
-    return layers if config_file is None else [*layers, read_toml(config_file)]
-
-
-def _new_run_dir(model_name: str) -> Path:
-    """Return a folder that does not exist yet, named after the model and the time."""
-    stem = f"{Path(model_name).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-    path, count = _RUNS / stem, 1
-    while path.exists():
-        count += 1
-        path = _RUNS / f"{stem}-{count}"
-    return path
+add_commands(cli)
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -1,14 +1,16 @@
-"""The settings of one run: the sections of `swarm.config`, and what the process itself needs.
+"""The settings of one run: the sections of `swarm.config` and `protocol.config`, and what the process itself needs.
 
 How values are found (flag, `--set`, environment, file, preset, default) is `node.layers`'s. This module says
 which settings exist, which of them a resumed run may change, and how they are written as TOML.
 """
 
 from pathlib import Path
+from typing import Literal
 
 import tomli_w
-from pydantic import Field
+from pydantic import BaseModel, Field
 
+from protocol.config import SwarmConfig
 from swarm.config import (
     CheckpointConfig,
     EngineConfig,
@@ -22,21 +24,42 @@ from swarm.config import (
     TrainerConfig,
 )
 
-__all__ = ["MAY_CHANGE_ON_RESUME", "RunConfig", "setting_values", "to_toml"]
+__all__ = ["MAY_CHANGE_ON_RESUME", "NetworkConfig", "RunConfig", "setting_values", "to_toml"]
 
-# What a resumed run may set anew: how long it is, how it is watched, and what makes it fit into memory. Everything
-# else decides which run this is. A name ends at a dot, so "engine" stands for all settings of that section.
+# What a resumed run may set anew: how long it is, how it is watched, what makes it fit into memory, and its part in
+# a swarm, since a run may learn alone today and with others tomorrow. Everything else decides which run this is.
+# A name ends at a dot, so "engine" stands for all settings of that section.
 MAY_CHANGE_ON_RESUME = (
     "checkpoint",
     "engine",
     "evaluation",
     "model.device",
+    "network",
     "num_threads",
     "rounds",
+    "sapo.max_external_tokens",
+    "sapo.num_external",
+    "sapo.num_local",
+    "sapo.publish",
     "scoring",
+    "swarm",
     "trainer.logprob_chunk_tokens",
     "trainer.max_tokens_per_microbatch",
 )
+
+
+class NetworkConfig(Section):
+    """How other nodes reach this one."""
+
+    transport: Literal["hivemind"] = Field("hivemind", description="what carries the bytes; one for a whole swarm")
+    listen: tuple[str, ...] = Field((), description="multiaddresses to listen on; empty: TCP and QUIC, ports as before")
+    announce: tuple[str, ...] = Field((), description="multiaddresses that others are told, where they differ")
+    relay: bool = Field(True, description="whether peers that cannot be reached directly are reached through relays")
+    auto_relay: bool = Field(False, description="whether to become reachable through a relay, behind a firewall")
+    trusted_relays: tuple[str, ...] = Field((), description="multiaddresses of relays for auto_relay; empty: any")
+    nat_port_map: bool = Field(True, description="whether the router is asked to forward the ports (UPnP, NAT-PMP)")
+    auto_nat: bool = Field(True, description="whether peers are asked if they can reach this node")
+    reachability: Literal["auto", "public", "private"] = Field("auto", description="auto: found out by auto_nat")
 
 
 class RunConfig(Section):
@@ -54,14 +77,16 @@ class RunConfig(Section):
     scoring: ScoringConfig = ScoringConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    swarm: SwarmConfig = SwarmConfig()
+    network: NetworkConfig = NetworkConfig()
 
 
-def setting_values(config: Section, prefix: str = "") -> dict[str, object]:
+def setting_values(config: BaseModel, prefix: str = "") -> dict[str, object]:
     """Return every setting by its dotted name, in the order of declaration; sections within sections included."""
     values: dict[str, object] = {}
     for name in type(config).model_fields:
         value = getattr(config, name)
-        if isinstance(value, Section):
+        if isinstance(value, BaseModel):
             values.update(setting_values(value, f"{prefix}{name}."))
         else:
             values[f"{prefix}{name}"] = value

@@ -6,7 +6,7 @@
 
 An asyncio loop owns the round; torch work runs in one worker thread, the disk is written by another, scoring
 runs in child processes. The order of shutdown: the engine drops what it holds, the disk is brought up to date,
-the scoring processes end, the exchange is left, the threads end.
+the swarm is left, the scoring processes end, the threads end.
 """
 
 import asyncio
@@ -24,7 +24,7 @@ from node.config import RunConfig
 from node.display import Display
 from node.exchange import Exchange
 from node.interrupt import Interrupted
-from node.measure import RoundMeter, describe_groups, describe_update
+from node.measure import RoundMeter, describe_external, describe_groups, describe_update
 from node.metrics import MovingAverage, peak_rss_bytes
 from node.recorder import Recorder
 from swarm import sapo
@@ -72,6 +72,7 @@ class Node:
         self._average = MovingAverage(MOVING_AVERAGE_ROUNDS)
         self._num_updates_skipped = 0
         self._elapsed_s = 0.0
+        self._watch: asyncio.Task[None] | None = None  # ends when the exchange has died
         self._trained_round = 0  # the last round whose update has been begun
 
     @property
@@ -92,6 +93,8 @@ class Node:
 
     async def run(self) -> None:
         """Go from the last good state to the end of the run, or to `stop`. Whatever dies within is raised here."""
+        self._watch = asyncio.create_task(self.exchange.wait_failed())
+        self._watch.add_done_callback(lambda watch: self.stop() if not watch.cancelled() else None)
         try:
             await self._start()
             while not self.stopping.is_set() and self.recorder.last_round < self.config.rounds:
@@ -102,14 +105,19 @@ class Node:
             await self._save(_FINAL_CHECKPOINT_WITHIN_S)
         finally:
             await self.close()
+        if not self._watch.cancelled() and (error := self._watch.exception()) is not None:
+            raise error
 
     async def close(self) -> None:
         """End everything that the node has begun, in the order that the module's docstring says."""
         await self.recorder.close()
+        if self._watch is not None:
+            self._watch.cancel()
+            await asyncio.wait([self._watch])
+        await self.exchange.close()
         if self._parts is not None:
             self._parts.scorer.close()
             self._parts.engine.close()
-        await self.exchange.close()
         self._torch.shutdown(wait=True)
 
     async def _round(self) -> None:
@@ -118,20 +126,23 @@ class Node:
         round_index = self.recorder.last_round + 1
         meter = RoundMeter(self.clock, self._enter)
         outcomes_before = Counter(parts.scorer.counts)
+        external = await self.exchange.sample(config.sapo.num_external)
+        num_own = sapo.num_own_groups(config.sapo, len(external))
         with meter.time("rollout"):
-            tasks = parts.tasks.train_batch(round_index, config.sapo.num_local)
+            most = config.sapo.num_local + config.sapo.num_external
+            tasks = parts.tasks.train_batch(round_index, num_own, stride=most)
             parts.scorer.prefetch([task.ref for task in tasks])  # the scorer's processes make the items meanwhile
             groups = await self._in_torch(parts.rollouts.collect, tasks, round_index=round_index)
         with meter.time("scoring"):
             own = await self._in_torch(parts.scorer.score_groups, groups)
         await self.exchange.publish(own)
-        external = await self.exchange.sample(config.sapo.num_external)
         batch = sapo.build_batch(own, external, config.sapo, self._rng("batch", round_index))
         with meter.time("update"):
             stats = await self._update(batch)
         with meter.time("load_policy"):
             await self._in_torch(self._load_policy)
         row = self._describe(round_index, own, stats, Counter(parts.scorer.counts) - outcomes_before)
+        row |= describe_external(len(own), external, batch) | self.exchange.describe_round()
         if self._evaluation_is_due(round_index):
             with meter.time("evaluation"):
                 row["pass_at_1_heldout"] = await self._in_torch(self._evaluate)
@@ -181,6 +192,7 @@ class Node:
         self._enter("start")
         self._parts = await self._in_torch(self._build_parts, self.config, self.stopping)
         self.display.loaded()
+        await self.exchange.start(self._parts)
         self._enter("replay")
         restored = await self._in_torch(self.recorder.restore, self.parts.trainer, self.stopping.is_set)
         for note in restored.notes:

@@ -22,6 +22,7 @@ _MOST_INTERVAL_S = 30.0
 class RunInfo:
     """What is run, where."""
 
+    command: str
     model: str
     tasks: str
     rounds: int
@@ -87,7 +88,7 @@ class JsonDisplay(Display):
     def __init__(self, out: TextIO, err: TextIO) -> None:
         self._out = out
         self._err = err
-        self._info = RunInfo("", "", 0, "")
+        self._info = RunInfo("", "", "", 0, "")
 
     def begin(self, info: RunInfo) -> None:
         """Say on stderr what is loaded."""
@@ -125,7 +126,7 @@ class PlainDisplay(Display):
         self._begin = clock()
         self._last_line_at: float | None = None
         self._progress = Progress(0)
-        self._info = RunInfo("", "", 0, "")
+        self._info = RunInfo("", "", "", 0, "")
 
     def begin(self, info: RunInfo) -> None:
         """Say what is loaded."""

@@ -1,18 +1,33 @@
 """The node's view of the swarm: give own groups away, get groups of others.
 
-The loop of a round knows only this contract. A node that learns alone has an exchange without peers.
+Exchange        what the loop of a round knows
+SiloExchange    nobody is there
+(`node.swarm_exchange` has the one with peers)
 """
 
+import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from swarm.types import RolloutGroup
+
+if TYPE_CHECKING:
+    from node.parts import Parts
 
 __all__ = ["Exchange", "SiloExchange"]
 
 
 class Exchange(ABC):
-    """Shares scored groups with peers. Neither method waits for a peer."""
+    """Shares scored groups with peers. No method waits for a peer."""
+
+    @abstractmethod
+    async def start(self, parts: "Parts") -> None:
+        """Begin to look for peers. Raises an error of `protocol` where that is impossible."""
+
+    @abstractmethod
+    async def wait_failed(self) -> None:
+        """Return never; raise what has killed a background task."""
 
     @abstractmethod
     async def publish(self, groups: Sequence[RolloutGroup]) -> None:
@@ -23,6 +38,14 @@ class Exchange(ABC):
         """Return at most `num_groups` groups of peers, scored by this node; fewer where fewer are there."""
 
     @abstractmethod
+    def describe_round(self) -> dict[str, Any]:
+        """Return what has crossed the wire since the last call, for the round's row of metrics."""
+
+    @abstractmethod
+    def status(self) -> dict[str, Any] | None:
+        """Return where the node stands in its swarm, as plain data; None where it is in none."""
+
+    @abstractmethod
     async def close(self) -> None:
         """Leave the swarm."""
 
@@ -30,12 +53,27 @@ class Exchange(ABC):
 class SiloExchange(Exchange):
     """An exchange that has no peers."""
 
+    async def start(self, parts: "Parts") -> None:
+        """Nothing: nobody is there."""
+
+    async def wait_failed(self) -> None:
+        """Wait for what cannot happen."""
+        await asyncio.Event().wait()
+
     async def publish(self, groups: Sequence[RolloutGroup]) -> None:
         """Keep them: nobody is there."""
 
     async def sample(self, num_groups: int) -> list[RolloutGroup]:
         """Return nothing: nobody is there."""
         return []
+
+    def describe_round(self) -> dict[str, Any]:
+        """Return zeros."""
+        return {"num_admitted": 0, "num_refused": {}, "bytes_in": 0, "bytes_out": 0, "num_peers": 0}
+
+    def status(self) -> dict[str, Any] | None:
+        """Return nothing: there is no swarm."""
+        return None
 
     async def close(self) -> None:
         """Leave nothing."""

@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from node.config import RunConfig, absolute_if_file, setting_values
-from swarm.config import Section, TaskSourceConfig
+from swarm.config import TaskSourceConfig
 from swarm.errors import UserError
 from swarm.models.presets import PRESETS, preset
 
@@ -63,12 +63,12 @@ class ResolvedConfig:
     origins: Mapping[str, str]
 
 
-def setting_fields(section: type[Section] = RunConfig, prefix: str = "") -> dict[str, FieldInfo]:
+def setting_fields(section: type[BaseModel] = RunConfig, prefix: str = "") -> dict[str, FieldInfo]:
     """Return the declaration of every setting by dotted name."""
     fields: dict[str, FieldInfo] = {}
     for name, info in section.model_fields.items():
         annotation = info.annotation
-        if isinstance(annotation, type) and issubclass(annotation, Section):
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
             fields.update(setting_fields(annotation, f"{prefix}{name}."))
         else:
             fields[f"{prefix}{name}"] = info
@@ -212,6 +212,8 @@ def _check(name: str, value: object, origin: str) -> object:
     candidates = [value]
     if isinstance(value, str):
         candidates = [parse_task_sources(value)] if name == "tasks.sources" else [*_as_toml(value), value]
+        if info.annotation == tuple[str, ...]:
+            candidates.append([part.strip() for part in value.split(",") if part.strip()])
     error: ValidationError | None = None
     for candidate in candidates:
         try:

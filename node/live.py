@@ -46,7 +46,7 @@ class LiveDisplay(Display):
         self._console = console
         self._clock = clock
         self._begin = clock()
-        self._info = RunInfo("", "", 0, "")
+        self._info = RunInfo("", "", "", 0, "")
         self._progress = Progress(0)
         self._phase = "start"
         self._folder = ""  # shown once it is written to
@@ -129,7 +129,7 @@ class LiveDisplay(Display):
             )
             table.add_row("memory", f"{row['peak_rss_bytes'] / 2**20:,.0f} MiB at most")
         table.add_row("now", Text(_PHASES.get(self._phase, self._phase), style="dim"))
-        title = f"swarm-node silo · {self._info.model} on {self._info.tasks}"
+        title = f"swarm-node {self._info.command} · {self._info.model} on {self._info.tasks}"
         subtitle = Text(self._folder) if self._folder else None
         return Panel(Group(table), title=Text(title), title_align="left", subtitle=subtitle, expand=False)
 

@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from swarm.advantage import group_advantages
 from swarm.config import SapoConfig
 from swarm.trainer import UpdateStats
-from swarm.types import RolloutGroup
+from swarm.types import RolloutGroup, TrainingBatch
 
-__all__ = ["RoundMeter", "describe_groups", "describe_update"]
+__all__ = ["RoundMeter", "describe_external", "describe_groups", "describe_update"]
 
 
 class RoundMeter:
@@ -59,6 +59,17 @@ def describe_groups(groups: Sequence[RolloutGroup], config: SapoConfig) -> dict[
         "num_completions_truncated": sum(completion.finish_reason == "length" for completion in completions),
         "completion_length_mean": statistics.fmean(lengths),
         "num_tokens_generated": sum(lengths),
+    }
+
+
+def describe_external(num_own: int, external: Sequence[RolloutGroup], batch: TrainingBatch) -> dict[str, float | None]:
+    """Return what the batch came from, and what groups of others were worth by this node's own verifier."""
+    rewards = [reward for group in external for reward in group.rewards]
+    return {
+        "num_local": num_own,
+        "num_external": len(external) - batch.num_external_zero_advantage,
+        "num_external_missing": batch.num_external_missing,
+        "reward_external_mean": statistics.fmean(rewards) if rewards else None,
     }
 
 

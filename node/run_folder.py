@@ -1,7 +1,11 @@
 """The folder of one run: what lies where, who may use it, and whether it holds a run already.
 
 RUN_DIR/config.toml    the resolved configuration
-        identity       the node's key pair, made by `swarm-node init`
+        identity       the node's key pair, made by `swarm-node init` or by the first `join`
+        swarm.msgpack  what the node remembers of its swarm: peers, reputation, what it has used
+        listen.json    the ports that it was given, so that its address stays what it was
+        control.sock   of a running node (`node.control`), and
+        status.json    what it said last
         metrics.jsonl  one object a round
         journal/       what finished rounds learned from, since the oldest checkpoint
         checkpoints/   policy and optimizer
@@ -33,6 +37,8 @@ class RunFolder:
         self.path = path
         self.config = path / "config.toml"
         self.identity = path / "identity"
+        self.swarm = path / "swarm.msgpack"
+        self.listen = path / "listen.json"
         self.metrics = path / "metrics.jsonl"
         self.journal = path / "journal"
         self.checkpoints = path / "checkpoints"

@@ -78,7 +78,7 @@ class NumberTrainer:
 
 
 class NumberTasks:
-    def train_batch(self, round_index: int, num_tasks: int) -> list[Task]:
+    def train_batch(self, round_index: int, num_tasks: int, *, stride: int | None = None) -> list[Task]:
         return [Task(TaskRef("numbers", "0" * 32, round_index, index), "?") for index in range(num_tasks)]
 
     def heldout(self, num_tasks: int) -> list[Task]:

@@ -5,10 +5,13 @@ import re
 import pytest
 import torch
 
+from node.exchange import SiloExchange
 from node.interrupt import Interrupted
 from node.metrics import read_rows
+from protocol.messages import TaskRef
 from swarm.errors import CheckpointError
 from swarm.journal import Journal
+from swarm.types import Completion, RolloutGroup, Task
 
 MACHINE = ("_s", "_per_s", "_bytes")
 
@@ -88,7 +91,7 @@ def test_without_any_checkpoint_the_journal_alone_brings_the_run_back(harness):
     assert torch.equal(again.trainer.weight, whole.trainer.weight)
 
 
-class BreakingExchange:
+class BreakingExchange(SiloExchange):
     """An exchange whose publishing fails in one round."""
 
     def __init__(self, after: int) -> None:
@@ -99,10 +102,84 @@ class BreakingExchange:
         if self._left == 0:
             raise ConnectionError("the exchange broke")
 
-    async def sample(self, num_groups: int):
-        return []
 
-    async def close(self) -> None: ...
+class GivingExchange(SiloExchange):
+    """An exchange that has so many groups of others, round by round."""
+
+    def __init__(self, *nums: int) -> None:
+        self._nums = list(nums)
+        self.published: list[int] = []
+
+    async def publish(self, groups) -> None:
+        self.published.append(len(groups))
+
+    async def sample(self, num_groups: int):
+        tokens = ((0,), (7, 8))
+        completions = tuple(Completion(number, ids, (), (), "stop") for number, ids in enumerate(tokens))
+        task = Task(TaskRef("theirs", "0" * 32, 1, 1), "?")
+        return [RolloutGroup(task, (5,), completions, ("0", "7"), (1.0, 0.5))] * min(num_groups, self._nums.pop(0))
+
+
+def test_groups_of_others_are_trained_on_and_those_missing_are_replaced_by_own_ones(harness):
+    run = harness(exchange=GivingExchange(0, 1, 4, 9)).settings(rounds=4, sapo={"num_local": 4, "num_external": 4})
+    run.run()
+    rows = read_rows(run.folder.metrics)
+    assert [row["num_local"] for row in rows] == [8, 7, 4, 4]
+    assert [row["num_external"] for row in rows] == [0, 1, 4, 4]
+    assert [row["num_external_missing"] for row in rows] == [4, 3, 0, 0]
+    assert [row["reward_external_mean"] for row in rows] == [None, 0.75, 0.75, 0.75]
+    assert run.exchange.published == [8, 7, 4, 4]
+    for row, record in zip(rows, Journal(run.folder.journal).read_after(0), strict=False):
+        theirs = [group for group in record.batch.groups if group.prompt_ids == (5,)]
+        assert len(theirs) == row["num_external"]
+        assert all(group.behavior_logprobs == (None, None) for group in theirs)
+        assert len(record.batch.groups) == 8 - row["num_groups_zero_advantage"]
+
+
+def test_a_run_with_groups_of_others_is_replayed_from_the_journal(harness):
+    sapo = {"num_local": 4, "num_external": 4}
+    whole = harness("whole", exchange=GivingExchange(*[3] * 12)).settings(sapo=sapo)
+    whole.run()
+    parts = harness("parts", exchange=GivingExchange(*[3] * 12)).settings(sapo=sapo)
+    asyncio.run(stop_in(7, parts).run())
+    again = harness("parts", config=parts.config, exchange=GivingExchange(*[3] * 6))
+    again.run()
+    assert again.display.notes[-1] == "resumed after 6"
+    assert torch.equal(again.trainer.weight, whole.trainer.weight)
+    assert steady(read_rows(again.folder.metrics)) == steady(read_rows(whole.folder.metrics))
+
+
+class DyingExchange(SiloExchange):
+    """An exchange of which a background task dies."""
+
+    def __init__(self) -> None:
+        self.dies = asyncio.Event()
+
+    async def wait_failed(self) -> None:
+        await self.dies.wait()
+        raise LookupError("the gossip died")
+
+
+def test_a_background_task_that_dies_stops_the_node_with_its_error_and_the_rounds_are_safe(harness):
+    run = harness(exchange=DyingExchange())
+
+    def on_round(index: int) -> None:
+        if index == 5:
+            loop.call_soon_threadsafe(run.exchange.dies.set)
+
+    async def until_dead() -> None:
+        nonlocal loop
+        loop = asyncio.get_running_loop()
+        await run.node().run()
+
+    run.on_round, loop = on_round, None
+    with pytest.raises(LookupError, match="the gossip died"):
+        asyncio.run(until_dead())
+    assert run.parts.scorer.closed
+    assert 5 <= run.display.rounds[-1] < 12
+    again = harness()
+    again.run()
+    assert again.display.notes[-1] == f"resumed after {run.display.rounds[-1]}"
 
 
 def test_metrics_torn_by_a_kill_are_mended(harness):

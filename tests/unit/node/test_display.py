@@ -6,7 +6,7 @@ from rich.console import Console
 from node.display import JsonDisplay, PlainDisplay, Progress, RunInfo, duration
 from node.live import LiveDisplay, sparkline
 
-INFO = RunInfo("tiny", "chain_sum", 100, "runs/x")
+INFO = RunInfo("silo", "tiny", "chain_sum", 100, "runs/x")
 
 
 def row(index: int, **more):

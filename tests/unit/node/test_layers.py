@@ -142,5 +142,5 @@ def test_every_setting_has_a_description():
 
 
 def test_reading_settings_does_not_import_torch():
-    code = "import sys, node.cli, node.layers, node.silo; sys.exit('torch' in sys.modules)"
+    code = "import sys, node.cli, node.layers, node.running; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ})

@@ -1,8 +1,8 @@
-"""Runs `swarm-node silo`: one node, its run folder, its signals, and what is left to say at the end.
+"""Runs one node, alone or in a swarm: its run folder, its signals, and what is left to say at the end.
 
-The loop is `node.daemon`'s. Exit status: 0 the run is finished, 2 the user can fix it, 3 training diverged,
-130 and 143 stopped by Ctrl-C and SIGTERM. A bug ends with its traceback and status 1. Whatever it is, the
-finished rounds are on the disk.
+The loop is `node.daemon`'s, the swarm `node.join`'s. Exit status: 0 the run is finished, 2 the user can fix it,
+3 training diverged, 130 and 143 stopped by Ctrl-C and SIGTERM. A bug ends with its traceback and status 1.
+Whatever it is, the finished rounds are on the disk.
 """
 
 import asyncio
@@ -11,16 +11,19 @@ import shlex
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from node.config import RunConfig, to_toml
+from node.control import Monitor
 from node.display import Display, JsonDisplay, PlainDisplay, RunInfo
-from node.exchange import SiloExchange
+from node.exchange import Exchange
 from node.run_folder import RunFolder, write_atomically
+from node.status import build_status, training_status
 from node.summary import model_label, print_summary, summarize, tasks_label, write_summary
 from swarm.errors import TrainingDiverged, UserError
 
@@ -28,7 +31,7 @@ if TYPE_CHECKING:
     from node.daemon import Node
     from node.parts import Parts
 
-__all__ = ["FINISHED", "OutOfMemory", "StopDeadline", "resume_command", "run_silo", "run_until_stopped"]
+__all__ = ["FINISHED", "OutOfMemory", "StopDeadline", "resume_command", "run_node", "run_until_stopped"]
 
 FINISHED = 0
 _STOP_WITHIN_S = 8.0  # after this a step that is still going on is given up; the journal has every finished round
@@ -44,10 +47,20 @@ class OutOfMemory(UserError):
     """The machine has too little memory for the settings."""
 
 
-def run_silo(config: RunConfig, folder: RunFolder, *, as_json: bool) -> int:
-    """Run a node alone until it is finished or stopped. `folder` is locked. Returns the exit status."""
+def run_node(
+    config: RunConfig,
+    folder: RunFolder,
+    *,
+    command: str,
+    make_exchange: Callable[[Display], Exchange],
+    as_json: bool,
+) -> int:
+    """Run a node until it is finished or stopped. `folder` is locked. Returns the exit status.
+
+    `command` is the one that was typed: "silo" or "join".
+    """
     display = make_display(as_json)
-    display.begin(RunInfo(model_label(config), tasks_label(config), config.rounds, str(folder.path)))
+    display.begin(RunInfo(command, model_label(config), tasks_label(config), config.rounds, str(folder.path)))
     try:
         with _terminated_early():
             from node.daemon import MOVING_AVERAGE_ROUNDS, Node
@@ -60,11 +73,22 @@ def run_silo(config: RunConfig, folder: RunFolder, *, as_json: bool) -> int:
             return parts
 
         recorder = Recorder(folder, config.checkpoint)
-        node = Node(config, build_parts=build, recorder=recorder, exchange=SiloExchange(), display=display)
-        with StopDeadline() as deadline:
-            stopped_by = asyncio.run(run_until_stopped(node, deadline))
+        exchange = make_exchange(display)
+        node = Node(config, build_parts=build, recorder=recorder, exchange=exchange, display=display)
+        began_at = time.time()
+
+        def make_status() -> dict[str, Any]:
+            training = training_status(node, model_label(config), tasks_label(config))
+            return build_status(command, str(folder.path), began_at, training, exchange.status())
+
+        async def run() -> signal.Signals | None:
+            async with Monitor(folder.path, make_status):
+                return await run_until_stopped(node, deadline, command)
+
+        with StopDeadline(lambda: _stopped_line(node, command), display.end) as deadline:
+            stopped_by = asyncio.run(run())
             display.end()
-            return _conclude(node, folder, stopped_by, MOVING_AVERAGE_ROUNDS, as_json=as_json)
+            return _conclude(node, folder, command, stopped_by, MOVING_AVERAGE_ROUNDS, as_json=as_json)
     except TrainingDiverged as error:
         write_summary(folder, summarize(config, node.rows, "diverged"))
         raise TrainingDiverged(
@@ -94,7 +118,9 @@ class StopDeadline:
     A thread of its own, so that it still counts when the loop has ended. Leaving the block calls it off.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, last_line: Callable[[], str], before: Callable[[], None] = lambda: None) -> None:
+        """`last_line` is what is said on stderr when the process is ended, after `before`."""
+        self._last_line, self._before = last_line, before
         self._timers: list[threading.Timer] = []
 
     def __enter__(self) -> "StopDeadline":
@@ -105,29 +131,39 @@ class StopDeadline:
             timer.cancel()
             timer.join()
 
-    def begin(self, node: "Node", number: signal.Signals) -> None:
+    def begin(self, number: signal.Signals) -> None:
         """Start to count: from now on the process has `_STOP_WITHIN_S` seconds."""
-        timer = threading.Timer(_STOP_WITHIN_S, _leave_at_once, (node, number))
+        timer = threading.Timer(_STOP_WITHIN_S, self.leave_at_once, (number,))
         timer.daemon = True
         self._timers.append(timer)
         timer.start()
 
+    def leave_at_once(self, number: signal.Signals) -> None:
+        """End the process in the middle of a step. Nothing is lost but the round that is going on."""
+        self._before()
+        print(self._last_line(), file=sys.stderr, flush=True)
+        os._exit(128 + number)
 
-async def run_until_stopped(node: "Node", deadline: StopDeadline) -> signal.Signals | None:
+    def watch_signals(self, stop: Callable[[], None], note: Callable[[str], None]) -> list[signal.Signals]:
+        """From now on a signal calls `stop`, a second one ends the process. Returns the list of those received."""
+        received: list[signal.Signals] = []
+
+        def on_signal(number: signal.Signals) -> None:
+            received.append(number)
+            if len(received) > 1:
+                self.leave_at_once(received[0])
+            stop()
+            note(f"{number.name}: stopping after this step; once more stops at once")
+            self.begin(number)
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, on_signal, number)
+        return received
+
+
+async def run_until_stopped(node: "Node", deadline: StopDeadline, command: str = "silo") -> signal.Signals | None:
     """Run the node; return the signal that stopped it, if one did."""
-    loop = asyncio.get_running_loop()
-    received: list[signal.Signals] = []
-
-    def on_signal(number: signal.Signals) -> None:
-        received.append(number)
-        if len(received) > 1:
-            _leave_at_once(node, received[0])
-        node.stop()
-        node.display.note(f"{number.name}: stopping after this step; once more stops at once")
-        deadline.begin(node, number)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, on_signal, number)
+    received = deadline.watch_signals(node.stop, node.display.note)
     try:
         await node.run()
     except (MemoryError, RuntimeError) as error:
@@ -135,35 +171,37 @@ async def run_until_stopped(node: "Node", deadline: StopDeadline) -> signal.Sign
             raise
         lower = _LOWER.get(node.phase, "the size of the model, or set model.dtype=bfloat16")
         raise OutOfMemory(
-            f"out of memory ({node.phase}): lower {lower}; go on with {resume_command(node.recorder.folder)}"
+            f"out of memory ({node.phase}): lower {lower}; go on with {resume_command(node.recorder.folder, command)}"
         ) from error
     return received[0] if received and not node.finished else None
 
 
-def _leave_at_once(node: "Node", number: signal.Signals) -> None:
-    """End the process in the middle of a step. Nothing is lost but the round that is going on."""
-    node.display.end()
-    print(_stopped_line(node), file=sys.stderr, flush=True)
-    os._exit(128 + number)
+def _stopped_line(node: "Node", command: str) -> str:
+    last, go_on = node.recorder.last_round, resume_command(node.recorder.folder, command)
+    return f"stopped after round {last}; go on with: {go_on}"
 
 
-def _stopped_line(node: "Node") -> str:
-    return f"stopped after round {node.recorder.last_round}; go on with: {resume_command(node.recorder.folder)}"
-
-
-def resume_command(folder: RunFolder) -> str:
+def resume_command(folder: RunFolder, command: str = "silo") -> str:
     """Return the command that goes on with a run."""
-    return f"swarm-node silo --run-dir {shlex.quote(str(folder.path))} --resume"
+    return f"swarm-node {command} --run-dir {shlex.quote(str(folder.path))} --resume"
 
 
-def _conclude(node: "Node", folder: RunFolder, stopped_by: signal.Signals | None, window: int, *, as_json: bool) -> int:
+def _conclude(
+    node: "Node",
+    folder: RunFolder,
+    command: str,
+    stopped_by: signal.Signals | None,
+    window: int,
+    *,
+    as_json: bool,
+) -> int:
     """Write the summary and, of a finished run, the picture; say what there is."""
     console = Console(stderr=as_json)
     name = stopped_by.name if stopped_by is not None else "finished"
     summary = summarize(node.config, node.rows, name)
     write_summary(folder, summary)
     if stopped_by is not None:
-        print(_stopped_line(node), file=sys.stderr, flush=True)
+        print(_stopped_line(node, command), file=sys.stderr, flush=True)
         return 128 + stopped_by
     if node.rows:
         from node.plot import plot_rewards

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from node.silo import OutOfMemory, StopDeadline, resume_command, run_until_stopped
+from node.running import OutOfMemory, StopDeadline, resume_command, run_until_stopped
 from swarm.errors import TrainingDiverged
 
 
@@ -35,7 +35,7 @@ def test_out_of_memory_names_the_settings_to_lower_and_keeps_the_rounds_before(h
 
 
 def until_stopped(node: Any) -> signal.Signals | None:
-    with StopDeadline() as deadline:
+    with StopDeadline(lambda: "") as deadline:
         return asyncio.run(run_until_stopped(node, deadline))
 
 

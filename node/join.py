@@ -1,0 +1,127 @@
+"""Makes a node a member of a swarm: its identity, its transport, its exchange, and the line by which others join.
+
+What a member does is `protocol.member`'s, what a round does with it `node.swarm_exchange`'s.
+"""
+
+import json
+import random
+import re
+import shlex
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+from node.addresses import best_address
+from node.config import RunConfig
+from node.display import Display
+from node.run_folder import RunFolder, write_atomically
+from node.summary import model_label, tasks_label
+from protocol.about import NodeAbout
+from protocol.admission import Rescore
+from protocol.clock import system_clock
+from protocol.identity import Identity
+from protocol.member import Member
+from protocol.shards import record_validator
+from protocol.transport.base import Transport, TransportError
+from protocol.transport.hivemind import HivemindTransport
+from protocol.transport.hivemind_settings import HivemindSettings, choose_ports
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from node.exchange import Exchange
+    from node.parts import Parts
+    from node.rescoring import Rescorer
+
+__all__ = ["join_line", "make_member", "make_swarm_exchange", "make_transport", "software", "started"]
+
+_PORT = re.compile(r"(tcp|udp)/\d+(?:/quic-v1)?")
+
+
+def software() -> str:
+    """What this program calls itself to others."""
+    return f"swarm-node/{version('swarm-node')}"
+
+
+def join_line(member: Member) -> str:
+    """Return the command by which others join through this node."""
+    swarm_id = member.config.swarm_id
+    parts = ["swarm-node", "join", "--peers", best_address(member.addresses)]
+    return shlex.join(parts if swarm_id == "main" else [*parts, "--swarm-id", swarm_id])
+
+
+def make_swarm_exchange(config: RunConfig, folder: RunFolder, display: Display) -> "Exchange":
+    """Make the exchange of a node that is in a swarm."""
+    from node.rescoring import build_rescorer
+    from node.swarm_exchange import SwarmExchange
+
+    def build(parts: "Parts") -> "Rescorer":
+        return build_rescorer(config, parts.policy)
+
+    async def make(rescore: Rescore, about: "Callable[[], NodeAbout]") -> Member:
+        return await make_member(config, folder, rescore, about)
+
+    tasks = tuple(source.strip() for source in tasks_label(config).split(","))
+    return SwarmExchange(
+        make,
+        build,
+        config.sapo,
+        NodeAbout("trainer", software(), model_label(config), tasks),
+        note=display.note,
+        on_started=lambda member: started(member, folder, display.note),
+    )
+
+
+async def make_member(
+    config: RunConfig, folder: RunFolder, rescore: Rescore | None, about: "Callable[[], NodeAbout]"
+) -> Member:
+    """Make the node's member, with the identity and the memory of its run folder."""
+    identity = Identity.load_or_create(folder.identity)
+    listen = config.network.listen or await last_listen(folder)
+    return Member(
+        identity,
+        make_transport(config, identity, listen),
+        config.swarm.model_copy(update={"reserve_groups": _reserve_groups(config)}),
+        rescore=rescore,
+        about=about,
+        state_path=folder.swarm,
+        clock=system_clock,
+        rng=random.Random(),  # which peers are chosen is no part of what the seed fixes
+    )
+
+
+def _reserve_groups(config: RunConfig) -> int:
+    """Two rounds of groups, or more if that is set: what the next round needs is there when this one has taken its."""
+    return max(config.swarm.reserve_groups, 2 * config.sapo.num_external)
+
+
+async def last_listen(folder: RunFolder) -> tuple[str, ...]:
+    """Return the ports that the node had before, so that its address stays what it was, as far as they are free."""
+    try:
+        addresses = json.loads(folder.listen.read_text())
+        return await choose_ports(tuple(addresses))
+    except (FileNotFoundError, json.JSONDecodeError, TypeError, TransportError):
+        return ()  # chosen anew: a memory that is gone, or of ports that others have now
+
+
+def make_transport(config: RunConfig, identity: Identity, listen: tuple[str, ...] = ()) -> Transport:
+    """Make the transport that the settings name. `listen` goes before the settings."""
+    network = config.network
+    settings = HivemindSettings(
+        listen=listen or network.listen or HivemindSettings().listen,
+        announce=network.announce,
+        relay=network.relay,
+        auto_relay=network.auto_relay,
+        trusted_relays=network.trusted_relays,
+        nat_port_map=network.nat_port_map,
+        auto_nat=network.auto_nat,
+        force_reachability=None if network.reachability == "auto" else network.reachability,
+    )
+    return HivemindTransport(identity, record_validator(config.swarm.swarm_id), settings)
+
+
+def started(member: Member, folder: RunFolder, note: "Callable[[str], None]") -> None:
+    """Say how others join, and remember the ports."""
+    note(f"node {member.node_id} in swarm {member.config.swarm_id!r}; others join it with")
+    note(f"  {join_line(member)}")
+    ports = {match[1]: match[0] for address in member.addresses if (match := _PORT.search(address))}
+    write_atomically(folder.listen, json.dumps([f"/ip4/0.0.0.0/{ports[kind]}" for kind in sorted(ports)]))
