@@ -11,8 +11,7 @@ one another is `requests`'s, and how a batch commits to its frames is `digests`'
 
 from typing import Literal
 
-import zstandard
-
+from protocol.compression import compress, decompress
 from protocol.fields import Fields, open_record, write_record
 from protocol.identity import node_id_of, public_key_of
 from protocol.limits import (
@@ -33,7 +32,6 @@ from protocol.limits import (
     PUBLIC_KEY_BYTES,
     ROOT_BYTES,
     SIGNATURE_BYTES,
-    ZSTD_LEVEL,
 )
 from protocol.messages import Announcement, NodeRecord, SharedCompletion, SharedGroup, TaskRef
 from protocol.refusals import Reason, Refusal
@@ -49,34 +47,20 @@ __all__ = [
     "node_record_body",
 ]
 
-_NO_CONTENT_SIZE = 2**64 - 1
-
 
 def encode_frame(group: SharedGroup) -> bytes:
     """Return the frame of a group."""
-    frame = zstandard.ZstdCompressor(level=ZSTD_LEVEL, write_content_size=True).compress(encode_group(group))
+    frame = compress(encode_group(group))
     if len(frame) > MAX_FRAME_BYTES:
         raise Refusal(Reason.OVERSIZE, f"frame: {len(frame)} bytes are over the limit of {MAX_FRAME_BYTES}")
     return frame
 
 
 def decode_frame(frame: bytes) -> SharedGroup:
-    """Return the group in a frame. The size that the frame declares is checked before it is decompressed."""
+    """Return the group in a frame."""
     if len(frame) > MAX_FRAME_BYTES:
         raise Refusal(Reason.OVERSIZE, f"frame: {len(frame)} bytes are over the limit of {MAX_FRAME_BYTES}")
-    try:
-        header = zstandard.get_frame_parameters(frame)
-        if header.content_size == _NO_CONTENT_SIZE:
-            raise Refusal(Reason.BAD_COMPRESSION, "frame: its header does not say how large the content is")
-        if max(header.content_size, header.window_size) > MAX_GROUP_BYTES:
-            raise Refusal(Reason.OVERSIZE, f"frame: declares more than {MAX_GROUP_BYTES} bytes")
-        if header.dict_id:
-            raise Refusal(Reason.UNKNOWN_MINOR, f"frame: compressed with the unknown dictionary {header.dict_id}")
-        decompressor = zstandard.ZstdDecompressor(max_window_size=MAX_GROUP_BYTES)
-        data = decompressor.decompress(frame, allow_extra_data=False)
-    except zstandard.ZstdError as error:
-        raise Refusal(Reason.BAD_COMPRESSION, f"frame: {error}") from error
-    return decode_group(data)
+    return decode_group(decompress(frame, MAX_GROUP_BYTES))
 
 
 def encode_group(group: SharedGroup) -> bytes:
