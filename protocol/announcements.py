@@ -7,7 +7,7 @@ A frame is worth pulling once: `taken` marks those that are pulled, under way, r
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -75,6 +75,7 @@ class Announcements:
         self._batches: dict[bytes, LiveBatch] = {}
         self._open: dict[bytes, LiveBatch] = {}  # of these, those with frames worth pulling
         self._num_by_teller = Counter[str]()
+        self._num_by_author = Counter[str]()
         self._authors: dict[str, _Author] = {}
 
     def __len__(self) -> int:
@@ -88,9 +89,10 @@ class Announcements:
         """Every live batch, in the order in which they were heard."""
         return list(self._batches)
 
-    def authors(self) -> set[str]:
+    @property
+    def authors(self) -> Collection[str]:
         """Authors of live batches."""
-        return {batch.author for batch in self._batches.values()}
+        return self._num_by_author.keys()
 
     @property
     def num_authors_remembered(self) -> int:
@@ -121,6 +123,7 @@ class Announcements:
             self._make_room()
         self._batches[batch.root] = self._open[batch.root] = batch
         self._num_by_teller[teller] += 1
+        self._num_by_author[batch.author] += 1
         return batch
 
     def hold(self, batch: LiveBatch, holder: str, frames: int) -> None:
@@ -192,6 +195,7 @@ class Announcements:
         if self._batches.pop(batch.root, None) is None:
             return
         self._open.pop(batch.root, None)
-        self._num_by_teller[batch.teller] -= 1
-        if not self._num_by_teller[batch.teller]:
-            del self._num_by_teller[batch.teller]
+        for counts, name in ((self._num_by_teller, batch.teller), (self._num_by_author, batch.author)):
+            counts[name] -= 1
+            if not counts[name]:
+                del counts[name]

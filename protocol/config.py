@@ -50,8 +50,8 @@ class SwarmConfig(BaseModel):
     # Gossip.
     announce_fanout: int = Field(4, ge=1, description="neighbours that are told of an own batch")
     relay_fanout: int = Field(2, ge=0, description="neighbours that are told of an admitted batch of another author")
-    repair_s: float = Field(5, gt=0, description="how often a hungry node asks a neighbour what it lacks")
-    idle_repair_s: float = Field(60, gt=0, description="how often a node that has enough does")
+    repair_s: float = Field(5, gt=0, description="how often a node that lacks groups asks a neighbour for batches")
+    max_repair_s: float = Field(15, gt=0, description="the same, while that brings nothing new")
     max_offers: int = Field(128, ge=1, le=MAX_OFFERS, description="announcements in one message")
     max_peers_told: int = Field(8, ge=1, le=MAX_PEERS, description="node records in one answer")
     max_live_batches: int = Field(2048, ge=16, description="announcements kept in memory")

@@ -21,6 +21,7 @@ REMEMBERED = "remembered"  # a source: this node's own disk
 MAX_FAILURES = 4  # in a row, after which a node is forgotten
 RETRY_S = 10.0  # after one failure; doubled with every further one
 _MAX_SOURCE_SHARE = 0.25
+_MAX_SOURCES = 4  # of one node that are remembered
 
 
 @dataclass(slots=True)
@@ -28,11 +29,16 @@ class KnownNode:
     """One node, and what became of trying to reach it."""
 
     record: NodeRecord
-    source: str  # GIVEN, REMEMBERED, "dht/<salt>", or the node id of the peer that told of it
+    sources: list[str]  # GIVEN, REMEMBERED, "dht/<salt>", or node ids of peers that told of it; the first told first
     heard_at_s: float  # unix seconds: when a record of it came last
     reached_at_s: float | None = None  # when it answered last
     num_failures: int = 0  # in a row
     retry_at_s: float = 0.0
+
+    @property
+    def source(self) -> str:
+        """Who told of it first, on whose account it is kept."""
+        return self.sources[0]
 
 
 class Directory:
@@ -65,12 +71,14 @@ class Directory:
         if known is not None:
             if record.created_at_ms > known.record.created_at_ms:
                 known.record, known.heard_at_s = record, now_s
+            if source not in known.sources and len(known.sources) < _MAX_SOURCES:
+                known.sources.append(source)
             return False
         if self._num_by_source[source] >= max(1, self._max_nodes * _MAX_SOURCE_SHARE):
             self._forget_one(lambda node: node.source == source)
         elif len(self._nodes) >= self._max_nodes:
             self._forget_one(lambda node: True)
-        self._nodes[record.node_id] = KnownNode(record, source, now_s)
+        self._nodes[record.node_id] = KnownNode(record, [source], now_s)
         self._num_by_source[source] += 1
         return True
 
@@ -104,17 +112,20 @@ class Directory:
             if not self._num_by_source[known.source]:
                 del self._num_by_source[known.source]
 
-    def choose(self, now_s: float, *, exclude: Collection[str], used_sources: Counter[str]) -> KnownNode | None:
-        """Draw a node to connect to: from the sources that gave fewest of the present neighbours."""
+    def choose(
+        self, now_s: float, *, exclude: Collection[str], used_sources: Counter[str]
+    ) -> tuple[KnownNode, str] | None:
+        """Draw a node to connect to, with its source: one of those that gave fewest of the present neighbours."""
         by_source: dict[str, list[KnownNode]] = {}
         for node_id, known in self._nodes.items():
             if node_id not in exclude and known.retry_at_s <= now_s and known.record.addresses:
-                by_source.setdefault(known.source, []).append(known)
+                for source in known.sources:
+                    by_source.setdefault(source, []).append(known)
         if not by_source:
             return None
         fewest = min(used_sources[source] for source in by_source)
         source = self._rng.choice(sorted(source for source in by_source if used_sources[source] == fewest))
-        return self._rng.choice(by_source[source])
+        return self._rng.choice(by_source[source]), source
 
     def tell(self, num_nodes: int, now_s: float, *, exclude: str) -> list[NodeRecord]:
         """Draw records for a peer that asks who is there: of nodes that were reached, or whose record is fresh."""

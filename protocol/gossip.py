@@ -231,7 +231,7 @@ class Gossip:
         local, now_s = self._local, self._local.clock()
         if local.reputation.is_banned(asker, now_s):
             raise local.refuse_request(Reason.BANNED)
-        if asker not in self._neighbours.ids:
+        if not self._neighbours.knows(asker):
             raise local.refuse_request(Reason.NO_HELLO, "say hello first, and ask for a link")
         try:
             request = decode_announce_request(payload)
@@ -247,7 +247,7 @@ class Gossip:
         local = self._local
         if local.reputation.is_banned(asker, local.clock()):
             raise local.refuse_request(Reason.BANNED)
-        if asker not in self._neighbours.ids:
+        if not self._neighbours.knows(asker):
             raise local.refuse_request(Reason.NO_HELLO, "say hello first, and ask for a link")
         if not self._repairs.take(asker, local.clock()):
             raise local.refuse_request(Reason.QUOTA, "asked too often; ask again later")
@@ -285,7 +285,7 @@ class Gossip:
             num_new, was_full = await self._repair(num_unknown)
             if self._fresh_links or was_full:
                 self._repair_now.set()
-            pause_s = config.repair_s if num_new else min(1.5 * pause_s, config.idle_repair_s)
+            pause_s = config.repair_s if num_new else min(1.5 * pause_s, config.max_repair_s)
 
     async def _repair(self, num_unknown: int) -> tuple[int, bool]:
         """Ask one neighbour, a new one if there is one; return how much was new, and whether there may be more."""

@@ -66,11 +66,11 @@ class Neighbours:
         self._hellos = Quota(local.config.max_hellos_per_s, local.config.max_hellos_per_s * 20, local.clock())
         self._hellos_by_peer = Quotas(0.2, 5, 1024)
         self._dialling: set[str] = set()
+        self._greeted: set[str] = set()  # peers whose answer to a hello is under way
         self._wake = asyncio.Event()
         self._backoff_s, self._next_join_s, self._rotate_at_s = TICK_S, 0.0, 0.0
         self.given: dict[str, str] = {}  # address that a person typed -> what came of it last
         self.on_link: list[Callable[[Neighbour], None]] = []
-        self.had_any = False
         local.on_ban = self._ban
         local.transport.handle("hello", self._handle_hello, max_request_bytes=MAX_HELLO_BYTES)
 
@@ -84,6 +84,10 @@ class Neighbours:
     def ids(self) -> dict[str, Neighbour]:
         """Linked peers by node id; to be read only."""
         return self._links
+
+    def knows(self, node_id: str) -> bool:
+        """Whether a peer may speak as a neighbour: it is one, or has just said so and its answer is under way."""
+        return node_id in self._links or node_id in self._greeted
 
     def outbound(self) -> list[Neighbour]:
         """Those that this node has chosen."""
@@ -128,9 +132,9 @@ class Neighbours:
             if not self._links and now_s >= self._next_join_s:
                 await self._join()
             missing = config.num_outbound - len(self.outbound())
-            if not missing and now_s >= self._rotate_at_s:
+            if now_s >= self._rotate_at_s or self._is_lopsided():
                 self._rotate(now_s)
-                missing = 1
+                missing = config.num_outbound - len(self.outbound())
             await self._dial_some(missing)
             calm = len(self.outbound()) >= config.min_outbound
             tick_s = (CALM_TICK_S if calm else TICK_S) * local.rng.uniform(0.8, 1.2)
@@ -175,16 +179,16 @@ class Neighbours:
         strangers_only = exclude | self._links.keys()
         while len(chosen) < min(num, _NUM_DIALS):
             # One that has chosen this node is as good as any, where nobody else is left.
-            known_node = self._directory.choose(now_s, exclude=strangers_only, used_sources=used)
-            if known_node is None and len(self.outbound()) + len(chosen) < self._local.config.min_outbound:
-                known_node = self._directory.choose(now_s, exclude=exclude, used_sources=used)
-            if known_node is None:
+            drawn = self._directory.choose(now_s, exclude=strangers_only, used_sources=used)
+            if drawn is None and len(self.outbound()) + len(chosen) < self._local.config.min_outbound:
+                drawn = self._directory.choose(now_s, exclude=exclude, used_sources=used)
+            if drawn is None:
                 break
-            node_id = known_node.record.node_id
-            chosen.append((node_id, known_node.source))
+            node_id, source = drawn[0].record.node_id, drawn[1]
+            chosen.append((node_id, source))
             exclude.add(node_id)
             strangers_only.add(node_id)
-            used[known_node.source] += 1
+            used[source] += 1
         if chosen:
             await asyncio.gather(*(self._dial(node_id, source) for node_id, source in chosen))
 
@@ -223,6 +227,7 @@ class Neighbours:
         """Say hello and ask for a link; return what came of it, in words. Raises TransportError."""
         local = self._local
         sent_s, start_s = local.clock(), asyncio.get_running_loop().time()
+        self._greeted.add(node_id)
         try:
             answer = await local.transport.request(
                 node_id,
@@ -244,6 +249,8 @@ class Neighbours:
             local.refuse(refusal.reason, blame=node_id)
             self._directory.failed(node_id, local.clock())
             return f"not taken: {refusal}"
+        finally:
+            self._greeted.discard(node_id)
         now_s = local.clock()
         self._directory.add(record, source, now_s)
         self._directory.reached(node_id, now_s)
@@ -299,16 +306,29 @@ class Neighbours:
                 link.direction, link.source = "out", source
         link.rtt_ms = rtt_ms if rtt_ms is not None else link.rtt_ms
         self.heard(record.node_id)
-        self.had_any = True
+        for address in self.given.keys() & set(record.addresses):
+            self.given[address] = "joined"
         if is_new:
             for tell in self.on_link:
                 tell(link)
 
+    def _is_lopsided(self) -> bool:
+        """Whether one source has told of all chosen neighbours, and another could name one."""
+        sources = {link.source for link in self.outbound()}
+        if len(self.outbound()) < self._local.config.min_outbound or len(sources) != 1:
+            return False
+        drawn = self._directory.choose(
+            self._local.clock(), exclude=self._links.keys() | {self._local.node_id}, used_sources=Counter(sources)
+        )
+        return drawn is not None and drawn[1] not in sources
+
     def _rotate(self, now_s: float) -> None:
-        """Give up the chosen neighbour that has been useful least, if there is anyone else to choose."""
+        """Give up the chosen neighbour that has been useful least, if enough are chosen, and another one is known."""
         local = self._local
         self._rotate_at_s = now_s + local.config.rotation_s * local.rng.uniform(0.5, 1.5)
         exclude = self._links.keys() | {local.node_id}
+        if len(self.outbound()) < local.config.min_outbound:
+            return
         if self._directory.choose(now_s, exclude=exclude, used_sources=Counter()) is None:
             return
         worst = min(self.outbound(), key=lambda link: (local.reputation.score(link.node_id, now_s), link.since_s))

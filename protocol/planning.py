@@ -16,8 +16,8 @@ from protocol.pool import MIN_AUTHORS_FOR_CAPS, author_cap
 
 __all__ = ["WINDOW_FACTOR", "num_known_frames", "plan_pulls"]
 
-WINDOW_FACTOR = 8  # frames that are drawn from, for every group of the reserve
-MIN_WINDOW_FRAMES = 64
+WINDOW_FACTOR = 4  # frames that are drawn from, for every group of the reserve
+MIN_WINDOW_FRAMES = 32
 _MIN_FRAMES_PER_AUTHOR = 4
 
 

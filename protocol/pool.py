@@ -66,6 +66,7 @@ class Pool:
         self._max_groups, self._freshness_s, self._rng = max_groups, freshness_s, rng
         self._max_author_share, self._max_newcomer_share = max_author_share, max_newcomer_share
         self._entries: dict[bytes, PoolEntry] = {}
+        self._num_by_author = Counter[str]()
         self.num_expired = 0  # left unused until too old, or pushed out by newer ones
 
     def __len__(self) -> int:
@@ -82,7 +83,7 @@ class Pool:
 
     def num_by_author(self) -> Counter[str]:
         """How many unused groups each author has."""
-        return Counter(entry.author for entry in self._entries.values())
+        return self._num_by_author.copy()
 
     def add(self, entry: PoolEntry) -> bool:
         """Take a group that can be learnt from. Returns False where all that are here are newer, and there is no room.
@@ -90,10 +91,11 @@ class Pool:
         The caller sees to it that no group enters twice.
         """
         self._entries[entry.key] = entry
+        self._num_by_author[entry.author] += 1
         if len(self._entries) <= self._max_groups:
             return True
         oldest = min(self._entries.values(), key=lambda e: e.created_at_s)
-        del self._entries[oldest.key]
+        self._remove(oldest)
         if oldest is entry:
             return False
         self.num_expired += 1
@@ -101,9 +103,9 @@ class Pool:
 
     def expire(self, now_s: float) -> None:
         """Drop what is too old to learn from."""
-        old = [key for key, entry in self._entries.items() if now_s - entry.created_at_s > self._freshness_s]
-        for key in old:
-            del self._entries[key]
+        old = [entry for entry in self._entries.values() if now_s - entry.created_at_s > self._freshness_s]
+        for entry in old:
+            self._remove(entry)
         self.num_expired += len(old)
 
     def sample(
@@ -116,7 +118,7 @@ class Pool:
         self.expire(now_s)
         entries = list(self._entries.values())
         self._rng.shuffle(entries)
-        per_author = author_cap(num_groups, len({entry.author for entry in entries}), self._max_author_share)
+        per_author = author_cap(num_groups, len(self._num_by_author), self._max_author_share)
         newcomers_left = newcomer_cap(num_groups, self._max_newcomer_share, self._rng)
         taken = Counter[str]()
         drawn: list[PoolEntry] = []
@@ -131,5 +133,11 @@ class Pool:
                 newcomers_left -= 1
             taken[entry.author] += 1
             drawn.append(entry)
-            del self._entries[entry.key]
+            self._remove(entry)
         return drawn
+
+    def _remove(self, entry: PoolEntry) -> None:
+        del self._entries[entry.key]
+        self._num_by_author[entry.author] -= 1
+        if not self._num_by_author[entry.author]:
+            del self._num_by_author[entry.author]

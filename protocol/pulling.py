@@ -86,7 +86,7 @@ class Pulling:
     @property
     def num_under_way(self) -> int:
         """Frames that are asked for, wait for re-scoring, or are being re-scored."""
-        return sum(self._under_way.values())
+        return self._under_way.total()
 
     @property
     def num_lacking(self) -> int:
@@ -103,7 +103,7 @@ class Pulling:
     def newcomers_are_capped(self) -> bool:
         """Whether enough authors have a record that those without one share a part."""
         now_s, num_established = self._local.clock(), 0
-        for author in self._announcements.authors():
+        for author in self._announcements.authors:
             num_established += self._local.reputation.is_established(author, now_s)
             if num_established >= MIN_AUTHORS_FOR_CAPS:
                 return True

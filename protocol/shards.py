@@ -98,12 +98,12 @@ class Shards:
         """How deep the node's own records stand, by salt; None before they were placed."""
         return list(self._depths)
 
-    async def publish(self, record: NodeRecord) -> int:
-        """Store the node's own record in its places; return how many nodes hold it in all. Raises TransportError."""
+    async def publish(self, record: NodeRecord, salts: Sequence[int] = range(NUM_SALTS)) -> int:
+        """Store the node's own record in its places; return how many nodes hold it there. Raises TransportError."""
         expires_at = record.created_at_ms / 1000 + NODE_RECORD_TTL_S
         num_holders = 0
-        for salt, depth in enumerate(self._depths):
-            key = shard_key(self._swarm_id, salt, depth or 0, self._paths[salt])
+        for salt in salts:
+            key = shard_key(self._swarm_id, salt, self._depths[salt] or 0, self._paths[salt])
             num_holders += await self._transport.store(key, record.encoded, expires_at)
         return num_holders
 
@@ -116,12 +116,11 @@ class Shards:
             hint = self._depths[salt] if self._depths[salt] is not None else self._depths[0]
             self._depths[salt] = await self._place(salt, hint or 0, found)
 
-    async def read(self, found: Callable[[NodeRecord, int], None]) -> None:
-        """Report the records of one random shard of each trie. Raises TransportError."""
-        for salt in range(NUM_SALTS):
-            path, depth = self._rng.getrandbits(MAX_SHARD_DEPTH), self._depths[salt] or 0
-            while not await self._look(salt, depth, path, found) and depth:
-                depth -= 1
+    async def read(self, salt: int, found: Callable[[NodeRecord, int], None]) -> None:
+        """Report the records of one random shard of a trie. Raises TransportError."""
+        path, depth = self._rng.getrandbits(MAX_SHARD_DEPTH), self._depths[salt] or 0
+        while not await self._look(salt, depth, path, found) and depth:
+            depth -= 1
 
     async def _place(self, salt: int, hint: int, found: Callable[[NodeRecord, int], None]) -> int:
         path = self._paths[salt]

@@ -1,6 +1,7 @@
 """Keep the directory true: renew the own record, ask who is there, forget what is old.
 
-    renew      every `refresh_s` the node's record is signed anew and stored in its places (`shards`)
+    renew      every `refresh_s` the node's record is signed anew and stored in its places (`shards`), which take
+               turns: each is renewed before the record in it expires
     discover   neighbours are asked for records, and a shard is read: often while few nodes are known, seldom else
     peers      answered to anyone, within a quota
 
@@ -8,6 +9,7 @@ A DHT or a neighbour that does not answer is a fact of life: it is counted, and 
 """
 
 import asyncio
+from collections.abc import Sequence
 
 from protocol.announcements import Announcements
 from protocol.directory import MAX_TOLD_AGE_S, Directory
@@ -27,7 +29,7 @@ from protocol.requests import (
     encode_peers_request,
     encode_peers_response,
 )
-from protocol.shards import Shards
+from protocol.shards import NUM_SALTS, Shards
 from protocol.signing import verify_node_record
 from protocol.store import FrameStore
 from protocol.transport.base import TransportError
@@ -39,7 +41,7 @@ PLACE_AGAIN_S = 600.0  # how often a node looks whether its place in the DHT is 
 FIRST_PLACE_AGAIN_S = 60.0  # the first time: nodes that start together all find the same room
 FORGET_S = 10.0
 _ASK_S = (5.0, 300.0)  # how often a neighbour is asked for records: while few nodes are known, and at most
-_READ_S = (15.0, 600.0)  # the same, for reading a shard
+_READ_S = (15.0, 1200.0)  # the same, for reading a shard: it costs as much as a whole round of groups
 
 
 class Upkeep:
@@ -71,14 +73,17 @@ class Upkeep:
     async def _renew_loop(self) -> None:
         """Keep the own record in the DHT. Waits for its turn; ends with the member."""
         local = self._local
-        place_at_s, place_pause_s = 0.0, FIRST_PLACE_AGAIN_S
+        place_at_s, place_pause_s, turn = 0.0, FIRST_PLACE_AGAIN_S, 0
         while True:
             try:
+                salts: Sequence[int] = [turn % NUM_SALTS]
+                turn += 1
                 if local.clock() >= place_at_s:
                     await self._shards.place(self._found)
                     place_at_s = local.clock() + place_pause_s * local.rng.uniform(0.5, 1.5)
                     place_pause_s = PLACE_AGAIN_S
-                self.num_holders = await self._shards.publish(self._own_record.renew())
+                    salts = range(NUM_SALTS)
+                self.num_holders = await self._shards.publish(self._own_record.renew(), salts)
                 self._neighbours.wake()
             except TransportError:
                 local.counters.requests_failed += 1
@@ -87,25 +92,26 @@ class Upkeep:
     async def _discover_loop(self) -> None:
         """Learn of nodes. Waits longer while many are known; ends with the member."""
         local, rng = self._local, self._local.rng
-        ask_s, read_s = _ASK_S[0], _READ_S[0]
+        ask_s, read_s, turn = _ASK_S[0], _READ_S[0], 0
         ask_at_s = read_at_s = local.clock() + rng.uniform(0, _ASK_S[0])
         while True:
             await asyncio.sleep(_ASK_S[0] * rng.uniform(0.8, 1.2))
             now_s = local.clock()
             few = len(self._directory) - len(self._neighbours.ids) < local.config.num_outbound
-            if now_s >= ask_at_s and self._neighbours.ids:
+            lonely = not self._neighbours.ids
+            if now_s >= ask_at_s and not lonely:
                 num_new = await self._ask(rng.choice(list(self._neighbours.ids)))
-                ask_s = _ASK_S[0] if few and num_new else min(2 * ask_s, _ASK_S[1])
+                ask_s = _next_pause_s(ask_s, _ASK_S, often=few and num_new > 0, seldom=not few)
                 ask_at_s = now_s + ask_s * rng.uniform(0.8, 1.2)
             if now_s >= read_at_s:
                 num_before = len(self._directory)
                 try:
-                    await self._shards.read(self._found)
+                    await self._shards.read(turn % NUM_SALTS, self._found)
                 except TransportError:
                     local.counters.requests_failed += 1
-                num_new = len(self._directory) - num_before
-                lonely = not self._neighbours.ids
-                read_s = _READ_S[0] if lonely or (few and num_new) else min(2 * read_s, _READ_S[1])
+                turn += 1
+                often = lonely or (few and len(self._directory) > num_before)
+                read_s = _next_pause_s(read_s, _READ_S, often=often, seldom=not few)
                 read_at_s = now_s + read_s * rng.uniform(0.8, 1.2)
             for link in self._neighbours.outbound():
                 if now_s - link.greeted_at_s > GREET_AGAIN_S:
@@ -176,3 +182,10 @@ class Upkeep:
             raise local.refuse_malformed(refusal, asker) from None
         records = self._directory.tell(request.max_records, now_s, exclude=asker)
         return encode_peers_response(PeersResponse(tuple(record.encoded for record in records)))
+
+
+def _next_pause_s(pause_s: float, limits_s: tuple[float, float], *, often: bool, seldom: bool) -> float:
+    """Return the next pause: the shortest, the longest, or twice the last one."""
+    if often:
+        return limits_s[0]
+    return limits_s[1] if seldom else min(2 * pause_s, limits_s[1])
