@@ -53,7 +53,7 @@ class Announcement:
     sequence: int  # unsigned 64-bit: grows with every batch of this author, over restarts too
     created_at_ms: int  # unix milliseconds by the author's clock
     frame_sizes: tuple[int, ...]  # bytes of each frame, compressed
-    root: bytes  # 32 bytes: SHA-256 over the digests of all frames; the name of the batch
+    root: bytes  # 32 bytes: over the author's key and the digests of all frames; the name of the batch
     signature: bytes  # 64 bytes, over the swarm id and every field above
     encoded: bytes = field(repr=False)  # signature and record as the author wrote them: what is verified and relayed
 

@@ -47,7 +47,7 @@ def sign_announcement(
         sequence=sequence,
         created_at_ms=created_at_ms,
         frame_sizes=tuple(len(frame) for frame in frames),
-        root=root_of([leaf_of(frame) for frame in frames]),
+        root=root_of(identity.node_id, [leaf_of(frame) for frame in frames]),
     )
     return decode_announcement(identity.sign(ANNOUNCEMENT_TAG, _message(swarm_id, body)) + body)
 

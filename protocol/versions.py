@@ -18,9 +18,9 @@ def check_version(theirs: tuple[int, int], ours: tuple[int, int] = PROTOCOL_VERS
 
 
 def upgrade_advice(theirs: tuple[int, int], ours: tuple[int, int] = PROTOCOL_VERSION) -> str:
-    """Say to the reader, whose version is `ours`, who should upgrade. To tell a peer, swap the two."""
-    versions = f"this node speaks protocol {_text(ours)} and the peer {_text(theirs)}"
-    return f"{versions}: upgrade this node" if ours < theirs else f"{versions}: the peer should upgrade"
+    """Say who should upgrade, in words that are right on either side: the peer is told the same."""
+    older, newer = sorted((theirs, ours))
+    return f"protocols {_text(older)} and {_text(newer)} do not mix: upgrade the node that speaks {_text(older)}"
 
 
 def peek_version(data: bytes) -> tuple[int, int] | None:
