@@ -6,13 +6,15 @@
                the next holder is asked
     admit      `rescoring`'s queue → `admission` → pool, store, and on to `relay`
 
-A frame that no holder gives is tried again later a few times, and then given up. What is worth pulling is
-`planning`'s to say.
+A frame that no holder gives is tried again later a few times, and then given up. A pull that takes long goes on, but
+no longer counts: others are begun in its place, and its holder is asked last for a while, so that slow peers delay
+nobody. What is worth pulling is `planning`'s to say.
 """
 
 import asyncio
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from protocol.admission import Admission
 from protocol.announcements import Announcements, LiveBatch
@@ -43,7 +45,20 @@ __all__ = ["Pulling"]
 MAX_HOLDERS_ASKED = 3  # for one frame at one time
 MAX_FAILURES = 3  # times that all of them may fail
 RETRY_S = 5.0  # until a batch is tried again
+SLOW_S = 1.5  # after which a pull no longer counts
+SLOW_FOR_S = 60.0  # how long its holder is asked last
+MAX_PULLS_FACTOR = 8  # pulls under way, slow ones included, for each one that may count
 _SERVED_BURST_S = 8.0
+
+
+@dataclass(eq=False, slots=True)
+class _Pull:
+    """Frames of one batch that are being asked for."""
+
+    batch: LiveBatch
+    wanted: set[int]
+    holder: str = ""  # who is being asked
+    counts: bool = True  # as demand that is being met, and as one of `num_pulls`
 
 
 class Pulling:
@@ -64,7 +79,8 @@ class Pulling:
         config = local.config
         self.queue = RescoreQueue(config.max_rescore_queue, config.max_rescore_share)
         self._under_way = Counter[str]()  # frames by author: asked for, or being re-scored
-        self._num_pulls = 0
+        self._num_pulls = self._num_slow = 0
+        self._slow_until_s: dict[str, float] = {}  # by holder
         self._retries: list[tuple[float, LiveBatch, int]] = []  # (when, batch, frames)
         self._served = Quotas(config.max_served_bytes_per_s, config.max_served_bytes_per_s * _SERVED_BURST_S, 1024)
         self._hungry, self._work = asyncio.Event(), asyncio.Event()
@@ -127,14 +143,15 @@ class Pulling:
         while True:
             self._hungry.clear()
             self._reopen()
-            free = self._local.config.num_pulls - self._num_pulls
+            max_pulls = self._local.config.num_pulls
+            free = min(max_pulls, MAX_PULLS_FACTOR * max_pulls - self._num_slow) - self._num_pulls
             lacking = self.num_lacking
-            if lacking and free:
+            if lacking and free > 0:
                 for batch, numbers in self._plan(lacking)[:free]:
                     self._announcements.take(batch, _mask(numbers))
                     self._under_way[batch.author] += len(numbers)
                     self._num_pulls += 1
-                    self._local.tasks.spawn(self._pull(batch, numbers), "pull one")
+                    self._local.tasks.spawn(self._pull(_Pull(batch, set(numbers))), "pull one")
             timeout_s = max(0.0, self._retries[0][0] - self._local.clock()) if self._retries else None
             try:
                 async with asyncio.timeout(timeout_s):
@@ -151,40 +168,63 @@ class Pulling:
             num_frames=lacking,
             reserve=config.reserve_groups,
             kept=kept,
-            neighbours=self._neighbours.ids,
+            neighbours={node_id for node_id in self._neighbours.ids if not self._is_slow(node_id)},
             is_newcomer=self.is_newcomer if self.newcomers_are_capped else None,
-            is_deferred=self._admission.is_deferred,
+            is_deferred=lambda author: self._admission.is_deferred(author) or self._is_slow(author),
             max_author_share=config.max_author_share,
             max_newcomer_share=config.max_newcomer_share,
             rng=self._local.rng,
         )
         return [(batch, _fitting(batch, numbers, config.max_pull_bytes)) for batch, numbers in plan]
 
-    async def _pull(self, batch: LiveBatch, numbers: list[int]) -> None:
+    async def _pull(self, pull: _Pull) -> None:
         """Ask holders for frames of one batch, one holder after the other. Ends when all are here, or given up."""
-        wanted, asked = set(numbers), set[str]()
+        batch, wanted, asked = pull.batch, pull.wanted, set[str]()
+        timer = asyncio.get_running_loop().call_later(SLOW_S, self._is_taking_long, pull)
         try:
             while wanted and len(asked) < MAX_HOLDERS_ASKED:
                 holder = self._choose_holder(batch, wanted, asked)
                 if holder is None:
                     break
                 asked.add(holder)
+                pull.holder = holder
                 answer = await self._ask(holder, batch, sorted(wanted))
                 if answer is not None:
                     leaves, frames = answer
                     wanted -= frames.keys()
                     for number, frame in frames.items():
-                        self._under_way[batch.author] -= 1
+                        if pull.counts:
+                            self._under_way[batch.author] -= 1
                         self.enqueue(
                             RescoreJob(batch.author, batch.created_at_s, frame, leaves[number], batch, number, leaves)
                         )
         finally:
-            self._num_pulls -= 1
-            self._under_way[batch.author] -= len(wanted)
-            self._forget_nobody(batch.author)
+            timer.cancel()
+            if pull.counts:
+                self._release(pull)
+            else:
+                self._num_slow -= 1
         if wanted:
             self._fail(batch, wanted)
         self.wake()
+
+    def _is_taking_long(self, pull: _Pull) -> None:
+        """Begin others in its place."""
+        now_s = self._local.clock()
+        self._slow_until_s = {holder: s for holder, s in self._slow_until_s.items() if s > now_s}
+        self._slow_until_s[pull.holder] = now_s + SLOW_FOR_S
+        self._release(pull)
+        pull.counts = False
+        self._num_slow += 1
+        self.wake()
+
+    def _release(self, pull: _Pull) -> None:
+        self._num_pulls -= 1
+        self._under_way[pull.batch.author] -= len(pull.wanted)
+        self._forget_nobody(pull.batch.author)
+
+    def _is_slow(self, node_id: str) -> bool:
+        return self._slow_until_s.get(node_id, 0.0) > self._local.clock()
 
     async def _ask(
         self, holder: str, batch: LiveBatch, numbers: list[int]
@@ -237,11 +277,15 @@ class Pulling:
         near = [holder for holder in holders if holder in self._neighbours.ids]
         if batch.author in self._neighbours.ids and batch.author not in asked and batch.author not in near:
             near.append(batch.author)
-        if near:
-            return local.rng.choice(near)
-        if batch.author not in asked:
+        fast = [holder for holder in near if not self._is_slow(holder)]
+        if fast:
+            return local.rng.choice(fast)
+        if batch.author not in asked and not self._is_slow(batch.author):
             return batch.author
-        return local.rng.choice(holders) if holders else None
+        rest = [holder for holder in holders if not self._is_slow(holder)] or near or holders
+        if rest:
+            return local.rng.choice(rest)
+        return batch.author if batch.author not in asked else None
 
     def _fail(self, batch: LiveBatch, wanted: set[int]) -> None:
         batch.num_failures += 1
