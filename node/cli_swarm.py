@@ -1,5 +1,6 @@
-"""The commands that have to do with other nodes: join, bootstrap, stats, peers."""
+"""The commands that have to do with other nodes: join, bootstrap, stats, peers, network, demo."""
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +39,7 @@ def _with(options: list[Any], command: Any) -> Any:
 
 def add_commands(cli: click.Group) -> None:
     """Add them to the command line."""
-    for command in (join, bootstrap, stats, peers):
+    for command in (join, bootstrap, stats, peers, network, demo):
         cli.add_command(command)
 
 
@@ -174,3 +175,27 @@ def peers(run_dir: Path | None, socket: Path | None, as_json: bool) -> int:
     from node.stats import show_peers
 
     return show_peers(run_dir, socket, as_json=as_json)
+
+
+@click.command()
+@click.option("--peers", metavar="MADDR", multiple=True, help="A node to begin with.  [the newest in runs/]")
+@click.option("--swarm-id", metavar="NAME", help="Which swarm.  [main, or that of the newest node in runs/]")
+@click.option("--run-dir", type=click.Path(path_type=Path), help="Begin with the node of this run folder.")
+@click.option("--timeout", "timeout_s", type=float, default=10.0, show_default=True, metavar="S", help="In seconds.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, with a schema_version.")
+def network(peers: tuple[str, ...], swarm_id: str | None, run_dir: Path | None, timeout_s: float, as_json: bool) -> int:
+    """The swarm as a whole, found by asking one node after another."""
+    from node.network import show_network
+
+    return show_network(peers, swarm_id, run_dir, timeout_s=timeout_s, as_json=as_json)
+
+
+@click.command()
+@click.option("--nodes", "num_nodes", type=click.IntRange(2, 8), default=3, show_default=True, help="That learn.")
+@click.option("--rounds", type=click.IntRange(min=1), default=400, show_default=True, metavar="N", help="Of each.")
+@click.option("--run-dir", type=click.Path(path_type=Path), help="Where the runs are kept.  [runs/demo-TIME]")
+def demo(num_nodes: int, rounds: int, run_dir: Path | None) -> int:
+    """A swarm on this machine: a bootstrap, and nodes that learn from each other, with the model `tiny`."""
+    from node.demo import run_demo
+
+    return run_demo(num_nodes, rounds, run_dir, sys.stdout)

@@ -1,10 +1,10 @@
-"""Draws a run's reward curve as a picture."""
+"""Draws the reward curves of a run, or of the nodes of a swarm, as a picture."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["heldout_points", "plot_rewards"]
+__all__ = ["heldout_points", "plot_rewards", "plot_swarm"]
 
 
 def heldout_points(rows: Sequence[Mapping[str, Any]]) -> list[tuple[int, float]]:
@@ -43,6 +43,37 @@ def plot_rewards(rows: Sequence[Mapping[str, Any]], title: str, window: int, pat
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="upper left", fontsize=9)
+    figure.tight_layout()
+    beside = path.with_name(f".{path.name}.partial")
+    figure.savefig(beside, format="png")
+    plt.close(figure)
+    beside.replace(path)
+
+
+def plot_swarm(nodes: Sequence[tuple[str, Sequence[Mapping[str, Any]]]], title: str, path: Path) -> None:
+    """Write the picture of several nodes: reward of each, averaged, held-out pass@1, and what came from others."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (rewards, shares) = plt.subplots(2, 1, figsize=(8, 6), dpi=150, sharex=True, height_ratios=(3, 1))
+    for number, (name, rows) in enumerate(nodes):
+        color = f"C{number}"
+        rounds = [row["round"] for row in rows]
+        rewards.plot(rounds, [row["reward_moving_average"] for row in rows], color=color, linewidth=1.4, label=name)
+        points = heldout_points(rows)
+        if points:
+            xs, ys = zip(*points, strict=True)
+            rewards.plot(xs, ys, color=color, marker="o", markersize=3.5, linewidth=0, alpha=0.8)
+        share = [row["num_external"] / max(1, row["num_external"] + row["num_local"]) for row in rows]
+        shares.plot(rounds, share, color=color, linewidth=0.8)
+    rewards.set(ylabel="reward (line), held-out pass@1 (dots)", title=title, ylim=(0, 1.05))
+    shares.set(xlabel="round", ylabel="from others", ylim=(0, 1.05))
+    for axes in (rewards, shares):
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    rewards.legend(frameon=False, loc="upper left", fontsize=9)
     figure.tight_layout()
     beside = path.with_name(f".{path.name}.partial")
     figure.savefig(beside, format="png")

@@ -1,0 +1,265 @@
+"""`swarm-node demo`: a swarm on this machine, from real processes. One bootstrap, and nodes that learn together.
+
+The processes are what a person would start by hand, with `--json`, so that their rounds can be read. Each is in a
+session of its own: Ctrl-C reaches this process alone, which ends the others. Should this process be killed, the
+others find their pipe broken and end by themselves.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final, TextIO
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from node.control import NoStatus, read_status
+from node.display import duration
+from node.live import sparkline
+from node.options import new_run_dir
+from node.stats import size
+from swarm.errors import UserError
+
+__all__ = ["DemoFailed", "run_demo"]
+
+_LISTEN: Final = "/ip4/127.0.0.1/tcp/0,/ip4/127.0.0.1/udp/0/quic-v1"
+_START_WITHIN_S: Final = 120.0
+_END_WITHIN_S: Final = 15.0
+_POLL_S: Final = 0.25
+_STATUS_INTERVAL_S: Final = 2.0
+_LINE_INTERVAL_S: Final = 10.0
+_CHART_WIDTH: Final = 32
+
+
+class DemoFailed(UserError):
+    """A process of the demonstration has ended before its time."""
+
+
+class _Process:
+    """One `swarm-node`, whose lines of JSON are read by a thread until the process ends."""
+
+    def __init__(self, name: str, folder: Path, *arguments: str) -> None:
+        self.name, self.run_dir, self.log = name, folder / name, folder / f"{name}.log"
+        self.rows: list[dict[str, Any]] = []
+        self.status: dict[str, Any] | None = None
+        with self.log.open("w") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "node", *arguments, "--run-dir", str(self.run_dir), "--json"],
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                start_new_session=True,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    @property
+    def status_code(self) -> int | None:
+        """The exit status; None while it runs."""
+        return self._process.poll()
+
+    def ask(self) -> None:
+        """Fetch the status over the control socket, if it is there by now."""
+        try:
+            status = read_status(self.run_dir)
+        except NoStatus:
+            return
+        if status["running"] or self.status is None:
+            self.status = status
+
+    def end(self) -> None:
+        """Ask it to stop."""
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM)
+
+    def wait(self, deadline_s: float) -> None:
+        """Wait for its end; kill it where that takes too long."""
+        try:
+            self._process.wait(max(0.1, deadline_s - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._reader.join()
+
+    def last_words(self) -> str:
+        """The last line that it wrote for people."""
+        lines = self.log.read_text(errors="replace").strip().splitlines()
+        return lines[-1] if lines else "no word"
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            self.rows.append(json.loads(line))
+
+
+def run_demo(num_nodes: int, rounds: int, run_dir: Path | None, out: TextIO) -> int:
+    """Run the demonstration to its end, or to Ctrl-C. No process outlives it. Returns the exit status."""
+    folder = (run_dir if run_dir is not None else new_run_dir("demo")).absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()):
+        raise DemoFailed(f"{folder} is not empty: name another folder with --run-dir")
+    console = Console(file=out)
+    processes: list[_Process] = []
+    before = signal.signal(signal.SIGTERM, _interrupt)
+    began_s = time.monotonic()
+    try:
+        console.print("starting a bootstrap; loading takes some seconds", highlight=False)
+        bootstrap = _Process("bootstrap", folder, "bootstrap", "--listen", _LISTEN)
+        processes.append(bootstrap)
+        address = _first_address(bootstrap)
+        console.print(f"starting {num_nodes} nodes: swarm-node join --model tiny --peers {address}", highlight=False)
+        common = ("--model", "tiny", "--rounds", str(rounds), "--peers", address, "--listen", _LISTEN)
+        nodes = [
+            _Process(f"node-{number}", folder, "join", *common, "--seed", str(number))
+            for number in range(1, num_nodes + 1)
+        ]
+        processes += nodes
+        _follow(processes, nodes, rounds, console)
+    except KeyboardInterrupt:
+        console.print("stopping all of them", highlight=False)
+        return 130
+    finally:
+        _end_all(processes)
+        signal.signal(signal.SIGTERM, before)
+    _conclude(nodes, folder, time.monotonic() - began_s, console)
+    return 0
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _end_all(processes: Sequence[_Process]) -> None:
+    """Stop every process and wait for its end; another Ctrl-C meanwhile changes nothing."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        for process in processes:
+            process.end()
+        deadline_s = time.monotonic() + _END_WITHIN_S
+        for process in processes:
+            process.wait(deadline_s)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _first_address(bootstrap: _Process) -> str:
+    """Wait until the bootstrap listens; return where."""
+    deadline_s = time.monotonic() + _START_WITHIN_S
+    while not bootstrap.rows:
+        _refuse_ended([bootstrap])
+        if time.monotonic() > deadline_s:
+            raise DemoFailed(f"the bootstrap does not start: {bootstrap.last_words()}; see {bootstrap.log}")
+        time.sleep(_POLL_S)
+    return str(bootstrap.rows[0]["swarm"]["addresses"][0])
+
+
+def _refuse_ended(processes: Sequence[_Process]) -> None:
+    for process in processes:
+        if process.status_code not in (None, 0):
+            raise DemoFailed(f"{process.name} has ended: {process.last_words()}; see {process.log}")
+
+
+def _follow(processes: Sequence[_Process], nodes: Sequence[_Process], rounds: int, console: Console) -> None:
+    """Show the nodes until all are done."""
+    asked_s = said_s = time.monotonic()
+    shows_table = console.is_terminal and not console.is_dumb_terminal
+    with Live(_table(nodes, rounds), console=console, auto_refresh=False, transient=False) as live:
+        while any(node.status_code is None for node in nodes):
+            _refuse_ended(processes)
+            now_s = time.monotonic()
+            if now_s - asked_s >= _STATUS_INTERVAL_S:
+                asked_s = now_s
+                for node in nodes:
+                    if node.status_code is None:
+                        node.ask()
+            if shows_table:
+                live.update(_table(nodes, rounds), refresh=True)
+            elif now_s - said_s >= _LINE_INTERVAL_S:
+                said_s = now_s
+                console.print("   ".join(map(_line, nodes)), highlight=False, soft_wrap=True)
+            time.sleep(_POLL_S)
+        _refuse_ended(processes)
+        live.update(_table(nodes, rounds), refresh=True)
+
+
+def _line(node: _Process) -> str:
+    if not node.rows:
+        return f"{node.name} loads"
+    row = node.rows[-1]
+    return f"{node.name} round {row['round']} reward {row['reward_moving_average']:.3f} peers {row['num_peers']}"
+
+
+def _table(nodes: Sequence[_Process], rounds: int) -> Table:
+    table = Table(title="a swarm on this machine", title_justify="left")
+    for name in ("node", "round", "", "reward", "held-out", "from others", "their reward", "peers", "in / out"):
+        table.add_column(name, justify="left" if name in ("node", "", "reward") else "right", no_wrap=True)
+    for node in nodes:
+        rows = node.rows
+        if not rows:
+            table.add_row(node.name, "", Text("loading", style="dim"))
+            continue
+        row, last = rows[-1], rows[-20:]
+        heldout = next((one["pass_at_1_heldout"] for one in reversed(rows) if "pass_at_1_heldout" in one), None)
+        num_external = sum(one["num_external"] for one in last)
+        num_groups = num_external + sum(one["num_local"] for one in last)
+        theirs = [one["reward_external_mean"] for one in last if one["reward_external_mean"] is not None]
+        num_in, num_out = (sum(one[name] for one in rows) for name in ("bytes_in", "bytes_out"))
+        curve = sparkline([one["reward_moving_average"] for one in rows], 16)
+        table.add_row(
+            node.name,
+            f"{row['round']}",
+            ProgressBar(total=rounds, completed=row["round"], width=12),
+            Text(f"{row['reward_moving_average']:.3f} ") + Text(curve, style="green"),
+            "" if heldout is None else f"{heldout:.3f}",
+            f"{num_external / num_groups:.0%}",
+            f"{sum(theirs) / len(theirs):.3f}" if theirs else "",
+            str(row["num_peers"]),
+            f"{size(num_in)} / {size(num_out)}",
+        )
+    return table
+
+
+def _conclude(nodes: Sequence[_Process], folder: Path, seconds: float, console: Console) -> None:
+    """Say what it came to."""
+    from node.plot import plot_swarm
+
+    picture = folder / "reward.png"
+    plot_swarm([(node.name, node.rows) for node in nodes], "a swarm of `tiny` on one machine", picture)
+    curves = Table.grid(padding=(0, 2))
+    for node in nodes:
+        curve = sparkline([row["reward_moving_average"] for row in node.rows], _CHART_WIDTH)
+        points = [row["pass_at_1_heldout"] for row in node.rows if "pass_at_1_heldout" in row]
+        began = node.rows[0].get("pass_at_1_heldout_before")
+        before = "" if began is None else f"{began:.3f} → "
+        curves.add_row(node.name, Text(curve, style="green"), f"held-out pass@1 {before}{points[-1]:.3f}")
+    wire = Table(title="what they exchanged", title_justify="left")
+    for name in ("node", "published", "admitted", "used", "missing", "of batches", "in", "out", "in / group used"):
+        wire.add_column(name, justify="left" if name == "node" else "right")
+    for node in nodes:
+        used = sum(row["num_external"] for row in node.rows)
+        share = used / (used + sum(row["num_local"] for row in node.rows))
+        num_in, num_out = (sum(row[name] for row in node.rows) for name in ("bytes_in", "bytes_out"))
+        published = (node.status or {}).get("swarm") or {}
+        wire.add_row(
+            node.name,
+            f"{published.get('groups_published', 0):,}",
+            f"{sum(row['num_admitted'] for row in node.rows):,}",
+            f"{used:,}",
+            f"{sum(row['num_external_missing'] for row in node.rows):,}",
+            f"{share:.0%}",
+            size(num_in),
+            size(num_out),
+            size(num_in / used) if used else "",
+        )
+    console.print(Group(Text(f"done in {duration(seconds)}", style="bold"), curves, wire))
+    console.print(f"written: {picture}, and the runs beside it", highlight=False, soft_wrap=True)
