@@ -7,26 +7,48 @@ keys are those of the trunk followed by the branch's own. No mask over all pairs
 `supports_packed_attention` says for which models this is exact. Sliding windows, soft-capped scores,
 attention sinks, layers that are not attention, and models that do not call attention through transformers'
 interface are left to the padded layout.
+
+On a CPU the compiled kernels do all of it at once (`native_attention`), where they are there.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface
 
 from swarm.cpu_attention import block_attention
+from swarm.native_attention import Plan, native_attention, supports_native_attention
 from swarm.packing import PackedRow, Span
 
 __all__ = ["supports_packed_attention", "use_packed_attention"]
 
 _Context: TypeAlias = Any  # torch does not type what is stored on a context
 _NAME = "swarm_packed"
-_row: ContextVar[PackedRow] = ContextVar("packed_row")
+# Without cuDNN, which takes a tenth of a second and more to plan for a shape: microbatches rarely have one twice.
+_FUSED_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+_row: ContextVar["_Row"] = ContextVar("packed_row")
+
+
+@dataclass(slots=True)
+class _Row:
+    """A packed row, and how its work is cut for the kernels, once an attention layer has asked."""
+
+    packed: PackedRow
+    plans: dict[tuple[int, int], Plan] = field(default_factory=dict)  # by numbers of heads
+
+    def plan(self, num_heads: int, num_kv_heads: int) -> Plan:
+        """Return the plan for a layer with so many heads."""
+        key = num_heads, num_kv_heads
+        if key not in self.plans:
+            self.plans[key] = Plan.of(self.packed, num_heads, num_kv_heads, torch.get_num_threads())
+        return self.plans[key]
 
 
 def supports_packed_attention(model: nn.Module, max_seq_len: int) -> bool:
@@ -53,7 +75,7 @@ def use_packed_attention(model: nn.Module, row: PackedRow) -> Iterator[None]:
     """Make the model's attention layers treat their input as this packed row, while the block runs."""
     config: Any = model.config
     before = config._attn_implementation
-    token = _row.set(row)
+    token = _row.set(_Row(row))
     config._attn_implementation = _NAME
     try:
         yield
@@ -77,12 +99,16 @@ def _packed_attention(
     **kwargs: object,
 ) -> tuple[Tensor, None]:
     """Attend within the packed row. Returns [1, num_tokens, num_heads, head_dim]."""
-    row = _row.get()
+    row = _row.get().packed
     longest = row.trunks.max_length + row.branches.max_length
     if softcap or s_aux is not None or position_bias is not None or (sliding_window and sliding_window < longest):
         raise RuntimeError(f"{type(module).__name__} asks for attention that a packed row cannot have")
     num_trunk_tokens = row.trunks.num_tokens
     states = [x[0].transpose(0, 1) for x in (query, key, value)]  # each [num_tokens, heads, head_dim]
+    if not dropout and supports_native_attention(states[0], states[1]):
+        plan = _row.get().plan(query.shape[1], key.shape[1])
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return native_attention(states[0], states[1], states[2], plan, scale)[None], None
     trunk = [_to_rectangle(x[:num_trunk_tokens], row.trunks) for x in states]
     out = _to_tokens(_attend(trunk[0], trunk[1], trunk[2], None, scaling, dropout), row.trunks)
     if row.branch_mask is not None:
@@ -104,16 +130,20 @@ def _attend(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if query.device.type == "cpu" and not dropout:
         return block_attention(query, key, value, bias, scaling)
-    out = nn.functional.scaled_dot_product_attention(
-        query.transpose(1, 2),
-        key.transpose(1, 2),
-        value.transpose(1, 2),
-        attn_mask=bias,
-        dropout_p=dropout,
-        is_causal=bias is None,
-        scale=scaling,
-        enable_gqa=query.shape[2] != key.shape[2],
-    )
+    num_sharing = query.shape[2] // key.shape[2]
+    if bias is not None and num_sharing > 1:  # the fused kernel that takes a mask knows no shared key heads
+        key, value = key.repeat_interleave(num_sharing, dim=2), value.repeat_interleave(num_sharing, dim=2)
+    with sdpa_kernel(_FUSED_KERNELS):
+        out = nn.functional.scaled_dot_product_attention(
+            query.transpose(1, 2),
+            key.transpose(1, 2),
+            value.transpose(1, 2),
+            attn_mask=bias,
+            dropout_p=dropout,
+            is_causal=bias is None,
+            scale=scaling,
+            enable_gqa=query.shape[2] != key.shape[2],
+        )
     return out.transpose(1, 2)
 
 

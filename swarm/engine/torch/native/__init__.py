@@ -1,6 +1,6 @@
-"""The compiled decode kernels for CPUs, where the machine that installed the package had a C compiler.
+"""The compiled kernels for CPUs, for decoding and training, where the machine that installed it had a C compiler.
 
-`kernels()` finds and loads them; without them the engine runs on torch's own operations.
+`kernels()` finds and loads them; without them everything runs on torch's own operations.
 """
 
 import ctypes
@@ -29,6 +29,10 @@ class Kernels:
         self.forward.argtypes, self.forward.restype = [pointer, i32, pointer, pointer, pointer, i32, pointer], None
         self.logits = library.swarm_logits
         self.logits.argtypes, self.logits.restype = [pointer, i32, pointer, i32, pointer], None
+        self.attention = library.swarm_attention
+        self.attention.argtypes, self.attention.restype = [pointer, i32, i32], None
+        self.training = library.swarm_training
+        self.training.argtypes, self.training.restype = [pointer, i32], None
         self._block_mass = library.swarm_block_mass
         self._block_mass.argtypes, self._block_mass.restype = [i32, i32, pointer, i32, i32, i32, pointer], None
 

@@ -42,6 +42,54 @@ typedef struct {
     void *input, *attended, *activation;            /* scratch in the weights' dtype: [rows, widest] */
 } model_t;
 
+/* Training attention over a packed row (attention.h). All offsets in tokens or keys; strides in elements. */
+#define KEY_TILE 64
+#define LOG2_E 1.44269504f
+
+typedef struct {                                    /* a prompt, or one completion of it; keys are padded to 16 */
+    int32_t first_token, num_tokens, first_key;
+    int32_t trunk;                                  /* the segment of its prompt, or -1 */
+    int32_t first_item, last_item;                  /* the items that sum up gradients of its keys */
+} segment_t;
+
+typedef struct { int32_t segment, first_query, last_query; } chunk_t; /* queries of one segment, counted within it */
+
+typedef struct {                                    /* chunks of one family (a prompt and its completions), for one thread */
+    int32_t first_chunk, last_chunk;
+    int32_t first_key, num_keys;                    /* the family's keys */
+    int32_t first_sum;                              /* where the item's sums lie */
+} item_t;
+
+typedef struct {
+    int32_t is_bf16, num_heads, num_kv_heads, head_dim, num_threads, num_tokens, num_keys, num_sums;
+    int32_t num_segments, num_chunks, num_items, max_rows;
+    float scale;
+    int64_t query_token, query_head, key_token, key_head, value_token, value_head, scratch_bytes;
+    const segment_t *segments;
+    const chunk_t *chunks;
+    const item_t *items;
+    const void *query, *key, *value;
+    void *out;                                      /* [num_tokens, num_heads, head_dim] */
+    float *log_mass;                                /* [num_heads, num_tokens]: base-2 log of the sum of exponentials */
+    uint32_t *keys_by_width, *keys_by_key, *values_by_width, *values_by_key; /* scratch: [num_kv_heads, num_keys, head_dim] */
+    void *scratch;                                  /* [num_threads, scratch_bytes] */
+    const void *grad_out;                           /* as out */
+    void *grad_query, *grad_key, *grad_value;       /* [num_tokens, heads, head_dim] */
+    float *key_sums, *value_sums;                   /* scratch: [num_kv_heads, num_sums, head_dim] */
+} attention_t;
+
+/* One operation of training.h; what the fields are to it is said there and in training/fused.py. */
+enum { LOGIT_MASS, LOGIT_GRADIENT, NORM, NORM_GRADIENT, GATED_SILU };
+
+typedef struct {
+    int32_t operation, is_bf16, threads, rows, width;
+    float scalar;
+    const void *x, *weight, *grad;
+    const int64_t *targets;
+    void *out, *more_out;
+    float *sums, *more_sums;
+} training_t;
+
 /* What becomes of a tile. STORE: out = acc + bias. ADD: out += acc + bias. GATE: blocks come in pairs
  * (gate, up); the activation silu(gate) * up goes to the next matmul's input. */
 enum { STORE, ADD, GATE };
@@ -121,6 +169,30 @@ void swarm_block_mass(int32_t num_threads, int32_t isa, const float *logits, int
     case 1: block_mass_avx2(num_threads, logits, n, vocab, width, out); return;
 #endif
     default: block_mass_base(num_threads, logits, n, vocab, width, out);
+    }
+}
+
+/* See attention.h. The caller fills in what the direction needs. */
+void swarm_attention(const attention_t *a, int32_t isa, int32_t is_backward) {
+    switch (isa) {
+#ifdef MULTIVERSION
+    case 3: (is_backward ? attention_backward_avx512bf16 : attention_forward_avx512bf16)(a); return;
+    case 2: (is_backward ? attention_backward_avx512 : attention_forward_avx512)(a); return;
+    case 1: (is_backward ? attention_backward_avx2 : attention_forward_avx2)(a); return;
+#endif
+    default: (is_backward ? attention_backward_base : attention_forward_base)(a);
+    }
+}
+
+/* See training.h. */
+void swarm_training(const training_t *t, int32_t isa) {
+    switch (isa) {
+#ifdef MULTIVERSION
+    case 3: training_avx512bf16(t); return;
+    case 2: training_avx512(t); return;
+    case 1: training_avx2(t); return;
+#endif
+    default: training_base(t);
     }
 }
 

@@ -447,6 +447,9 @@ static void FN(block_mass)(int num_threads, const float *logits, int n, int voca
     }
 }
 
+#include "attention.h"
+#include "training.h"
+
 #undef SELECT
 #undef ALL
 #undef GROUP
