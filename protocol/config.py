@@ -33,6 +33,7 @@ class SwarmConfig(BaseModel):
     min_useful_groups: int = Field(
         6, ge=1, description="useful groups, halved every half-life, that make a record of an author"
     )
+    probation_s: float = Field(600, ge=0, description="over which an author must have been useful for a record")
     freshness_s: float = Field(FRESHNESS_S, gt=0, le=FRESHNESS_S, description="older batches are not used")
     max_batches_per_author: int = Field(
         32, ge=1, le=1024, description="newest live batches of one author that are remembered; older ones are stale"

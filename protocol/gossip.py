@@ -107,6 +107,7 @@ class Gossip:
         self._admission, self._neighbours, self._relays_unscored = admission, neighbours, relays_unscored
         self.appetite = Appetite()
         self.num_unknown: Callable[[], int] = lambda: 0  # groups that are lacking, of which no frame is known
+        self.is_wanted: Callable[[str], bool] = lambda author: True  # whether its groups count as enough to hear
         self.on_news: Callable[[], None] = lambda: None  # frames have become known
         self._repair_now = asyncio.Event()
         self._fresh_links: list[str] = []  # neighbours that were not asked yet
@@ -124,10 +125,8 @@ class Gossip:
         """Tell a few neighbours of an own batch; where all have enough, one of them nevertheless."""
         now_s, config = self._local.clock(), self._local.config
         links = list(self._neighbours.ids.values())
-        self._local.rng.shuffle(links)
-        links.sort(key=lambda link: link.quiet_until_s > now_s)
-        num_eager = sum(1 for link in links if link.quiet_until_s <= now_s)
-        for link in links[: max(1, min(config.announce_fanout, num_eager))]:
+        chosen = self._choose([link for link in links if link.quiet_until_s <= now_s], config.announce_fanout)
+        for link in chosen or self._choose(links, 1):
             self._tell(link, batch, delay_s=0.0)
 
     def relay(self, batch: LiveBatch) -> None:
@@ -144,10 +143,20 @@ class Gossip:
             and node_id not in batch.holders
             and link.quiet_until_s <= now_s
         ]
-        chosen = self._local.rng.sample(links, min(self._local.config.relay_fanout, len(links)))
+        chosen = self._choose(links, self._local.config.relay_fanout)
         self._local.counters.batches_relayed += bool(chosen)
         for link in chosen:
             self._tell(link, batch, delay_s=RELAY_DELAY_S)
+
+    def _choose(self, links: list[Neighbour], num: int) -> list[Neighbour]:
+        """Draw neighbours to tell: half of them at least are ones that this node has chosen itself.
+
+        Whoever crowds the places of those that have chosen it must not be all that hears it.
+        """
+        rng = self._local.rng
+        rng.shuffle(links)
+        out = [link for link in links if link.direction == "out"][: -(-num // 2)]
+        return out + rng.sample(rest := [link for link in links if link not in out], min(num - len(out), len(rest)))
 
     def _tell(self, link: Neighbour, batch: LiveBatch, *, delay_s: float) -> None:
         link.outbox[batch.root] = None
@@ -220,7 +229,8 @@ class Gossip:
                 continue
             self._announcements.hold(batch, teller, offer.held)
             if self._local.counters.batches_heard > heard:
-                self.appetite.heard(self._local.clock())
+                if self.is_wanted(batch.author):
+                    self.appetite.heard(self._local.clock())
                 if self._relays_unscored and config.relay_fanout:
                     self.relay(batch)
         self.on_news()

@@ -88,6 +88,7 @@ class Member:
             min_score=config.min_reputation,
             ban_s=config.ban_s,
             min_useful=config.min_useful_groups,
+            probation_s=config.probation_s,
         )
         self.config, self._state_path, self._scores = config, state_path, rescore is not None
         self.local = local = Local(identity, transport, config, clock, rng, reputation, identity.node_id)
@@ -121,7 +122,7 @@ class Member:
             self.neighbours,
             self.gossip,
         )
-        shards = Shards(transport, config.swarm_id, timeout_s=config.request_timeout_s, clock=clock, rng=rng)
+        shards = Shards(transport, config.swarm_id, timeout_s=config.request_timeout_s, rng=rng)
         self.upkeep = Upkeep(
             local, self.directory, shards, self.neighbours, self._own_record, self.announcements, self.store, self.pool
         )

@@ -39,7 +39,14 @@ def plan_pulls(
     `kept` counts, by author, what fills the reserve already: unused groups and frames under way. `is_newcomer`
     is None while the cap on newcomers is not in force.
     """
-    window = _window(announcements, max(MIN_WINDOW_FRAMES, WINDOW_FACTOR * reserve), max_author_share, rng)
+    window = _window(
+        announcements,
+        max(MIN_WINDOW_FRAMES, WINDOW_FACTOR * reserve),
+        max_author_share,
+        max_newcomer_share if is_newcomer is not None else 1.0,
+        is_newcomer or (lambda author: False),
+        rng,
+    )
     rng.shuffle(window)
     window.sort(key=lambda item: _tier(item[0], item[1], neighbours, is_deferred))
     authors = {batch.author for batch, _ in window} | set(kept)
@@ -77,16 +84,28 @@ def num_known_frames(announcements: Announcements, at_most: int) -> int:
 
 
 def _window(
-    announcements: Announcements, num_frames: int, max_author_share: float, rng: random.Random
+    announcements: Announcements,
+    num_frames: int,
+    max_author_share: float,
+    max_newcomer_share: float,
+    is_newcomer: Callable[[str], bool],
+    rng: random.Random,
 ) -> list[tuple[LiveBatch, int]]:
-    """Return the newest open frames, first no more of one author than its share, then whatever fills the window."""
+    """Return the newest open frames, first no more of one author than its share, then whatever fills the window.
+
+    Newcomers stand in it for no more than their part, so that a flood of them does not push others out.
+    """
     window: list[tuple[LiveBatch, int]] = []
     over: list[tuple[LiveBatch, int]] = []
     by_author = Counter[str]()
     per_author = max(_MIN_FRAMES_PER_AUTHOR, int(num_frames * max_author_share))
+    newcomers_left = int(num_frames * max_newcomer_share)
     for batch in announcements.newest_open():
         numbers = _bits(batch.open)
         rng.shuffle(numbers)
+        if is_newcomer(batch.author):
+            numbers = numbers[:newcomers_left]
+            newcomers_left -= len(numbers)
         room = per_author - by_author[batch.author]
         by_author[batch.author] += len(numbers)
         window += [(batch, number) for number in numbers[: max(0, room)]]

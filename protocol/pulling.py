@@ -47,7 +47,7 @@ MAX_FAILURES = 3  # times that all of them may fail
 RETRY_S = 5.0  # until a batch is tried again
 SLOW_S = 1.5  # after which a pull no longer counts
 SLOW_FOR_S = 60.0  # how long its holder is asked last
-MAX_PULLS_FACTOR = 8  # pulls under way, slow ones included, for each one that may count
+MAX_SLOW_FACTOR = 2  # frames in slow pulls, for each group of the reserve: they may all come in the end
 _SERVED_BURST_S = 8.0
 
 
@@ -59,6 +59,7 @@ class _Pull:
     wanted: set[int]
     holder: str = ""  # who is being asked
     counts: bool = True  # as demand that is being met, and as one of `num_pulls`
+    num_slow: int = 0  # frames that were missing when it ceased to count
 
 
 class Pulling:
@@ -79,7 +80,8 @@ class Pulling:
         config = local.config
         self.queue = RescoreQueue(config.max_rescore_queue, config.max_rescore_share)
         self._under_way = Counter[str]()  # frames by author: asked for, or being re-scored
-        self._num_pulls = self._num_slow = 0
+        self._num_pulls = 0  # that count
+        self._num_slow_frames = 0
         self._slow_until_s: dict[str, float] = {}  # by holder
         self._retries: list[tuple[float, LiveBatch, int]] = []  # (when, batch, frames)
         self._served = Quotas(config.max_served_bytes_per_s, config.max_served_bytes_per_s * _SERVED_BURST_S, 1024)
@@ -91,6 +93,7 @@ class Pulling:
         """Start the background work; without it the node gives frames and pulls none."""
         self._started = True
         self._gossip.num_unknown, self._gossip.on_news = lambda: self.num_unknown, self.wake
+        self._gossip.is_wanted = lambda author: not self.newcomers_are_capped or not self.is_newcomer(author)
         self._local.tasks.spawn(self._pull_loop(), "pull")
         for number in range(self._local.config.num_rescore_workers):
             self._local.tasks.spawn(self._rescore_loop(), f"rescore {number}")
@@ -143,8 +146,7 @@ class Pulling:
         while True:
             self._hungry.clear()
             self._reopen()
-            max_pulls = self._local.config.num_pulls
-            free = min(max_pulls, MAX_PULLS_FACTOR * max_pulls - self._num_slow) - self._num_pulls
+            free = self._local.config.num_pulls - self._num_pulls
             lacking = self.num_lacking
             if lacking and free > 0:
                 for batch, numbers in self._plan(lacking)[:free]:
@@ -203,19 +205,23 @@ class Pulling:
             if pull.counts:
                 self._release(pull)
             else:
-                self._num_slow -= 1
+                self._num_slow_frames -= pull.num_slow
         if wanted:
             self._fail(batch, wanted)
         self.wake()
 
     def _is_taking_long(self, pull: _Pull) -> None:
-        """Begin others in its place."""
+        """Begin others in its place, unless too much is slow already."""
+        config = self._local.config
+        if self._num_slow_frames + len(pull.wanted) > MAX_SLOW_FACTOR * max(config.reserve_groups, config.num_pulls):
+            return
         now_s = self._local.clock()
         self._slow_until_s = {holder: s for holder, s in self._slow_until_s.items() if s > now_s}
         self._slow_until_s[pull.holder] = now_s + SLOW_FOR_S
         self._release(pull)
         pull.counts = False
-        self._num_slow += 1
+        pull.num_slow = len(pull.wanted)
+        self._num_slow_frames += pull.num_slow
         self.wake()
 
     def _release(self, pull: _Pull) -> None:

@@ -1,8 +1,9 @@
 """What this node thinks of its peers, from what it has seen itself; never told to anyone, never heard from anyone.
 
 A score is a sum of outcomes that fades with a half-life. A peer whose score falls below the threshold is banned
-for a while. An author with a record of useful groups is *established*: `pool` and `pulling` give all others one
-common share, so that making identities buys nothing. Who pays for which outcome is `admission`'s to say.
+for a while. An author that has given enough useful groups, over no less than the time of probation, is *established*:
+`pool` and `planning` give all others one common share, so that throwing identities away buys nothing. Who pays for
+which outcome is `admission`'s to say.
 """
 
 from collections.abc import Mapping
@@ -26,6 +27,9 @@ PENALTIES: Mapping[Reason, float] = {
 }
 
 
+_LEAST_USEFUL = 0.6  # of a group: one that was given a while ago does not count as steady use
+
+
 @dataclass(slots=True)
 class _Opinion:
     """Sums as they were at one time."""
@@ -33,7 +37,8 @@ class _Opinion:
     at_s: float  # unix seconds
     score: float = 0.0
     useful: float = 0.0  # groups that could be learnt from
-    established: bool = False  # since `useful` reached the threshold, until it has fallen to half of it
+    useful_since_s: float = 0.0  # since when it has never faded below `_LEAST_USEFUL`
+    established: bool = False  # since the record was made, until `useful` has fallen to half of it
 
 
 class Reputation:
@@ -46,10 +51,11 @@ class Reputation:
         min_score: float,
         ban_s: float,
         min_useful: float,
+        probation_s: float,
         max_peers: int = MAX_PEERS_JUDGED,
     ) -> None:
         self._half_life_s, self._min_score, self._ban_s, self._min_useful = half_life_s, min_score, ban_s, min_useful
-        self._max_peers = max_peers
+        self._probation_s, self._max_peers = probation_s, max_peers
         self._opinions: dict[str, _Opinion] = {}
         self._banned_until_s: dict[str, float] = {}
 
@@ -59,8 +65,11 @@ class Reputation:
     def useful(self, author: str, now_s: float) -> None:
         """An author's group was admitted, and can be learnt from."""
         opinion = self._changed(author, USEFUL, now_s)
+        if opinion.useful < _LEAST_USEFUL:
+            opinion.useful_since_s = now_s
         opinion.useful = min(opinion.useful + 1, 4 * self._min_useful)
-        opinion.established = opinion.established or opinion.useful >= self._min_useful
+        if opinion.useful >= self._min_useful and now_s - opinion.useful_since_s >= self._probation_s:
+            opinion.established = True
 
     def served(self, holder: str, now_s: float) -> None:
         """A holder gave what it was asked for."""
@@ -108,14 +117,16 @@ class Reputation:
 
     def state(self) -> dict[str, Any]:
         """Plain data that `restore` takes."""
-        rows = [[peer, o.at_s, o.score, o.useful, o.established] for peer, o in self._opinions.items()]
+        rows = [
+            [peer, o.at_s, o.score, o.useful, o.useful_since_s, o.established] for peer, o in self._opinions.items()
+        ]
         return {"opinions": rows, "banned_until_s": dict(self._banned_until_s)}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state` gave."""
         self._opinions = {
-            peer: _Opinion(at_s, score, useful, established)
-            for peer, at_s, score, useful, established in state["opinions"][: self._max_peers]
+            peer: _Opinion(at_s, score, useful, since_s, established)
+            for peer, at_s, score, useful, since_s, established in state["opinions"][: self._max_peers]
         }
         self._banned_until_s = dict(state["banned_until_s"])
 

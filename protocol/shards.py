@@ -16,7 +16,6 @@ import random
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
-from protocol.clock import Clock
 from protocol.errors import IdentityError
 from protocol.identity import public_key_of
 from protocol.limits import MAX_FUTURE_SKEW_S, MAX_NODE_RECORD_BYTES, NODE_RECORD_TTL_S
@@ -85,11 +84,9 @@ def record_validator(swarm_id: str) -> RecordValidator:
 class Shards:
     """One node's place in the directory, and its view of the rest."""
 
-    def __init__(
-        self, transport: Transport, swarm_id: str, *, timeout_s: float, clock: Clock, rng: random.Random
-    ) -> None:
+    def __init__(self, transport: Transport, swarm_id: str, *, timeout_s: float, rng: random.Random) -> None:
         self._transport, self._swarm_id, self._timeout_s = transport, swarm_id, timeout_s
-        self._clock, self._rng = clock, rng
+        self._rng = rng
         self._paths = [path_of(transport.node_id, salt) for salt in range(NUM_SALTS)]
         self._depths: list[int | None] = [None] * NUM_SALTS
 

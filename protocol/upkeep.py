@@ -87,6 +87,8 @@ class Upkeep:
                 self._neighbours.wake()
             except TransportError:
                 local.counters.requests_failed += 1
+            except ValueError:  # the transport's clock is not this node's, and one of them is wrong: `clocks` says so
+                local.refuse(Reason.CLOCK_SKEW)
             await asyncio.sleep(local.config.refresh_s * local.rng.uniform(0.9, 1.1))
 
     async def _discover_loop(self) -> None:
