@@ -69,11 +69,12 @@ MAX_STREAMS = 256  # that peers have open at one time
 MAX_STREAMS_PER_PEER = 32
 PING_INTERVAL_S = 2.0  # at which p2pd is asked for its addresses
 MIN_PING_INTERVAL_S = 0.2  # where strangers call
-PING_TIMEOUT_S = 5.0
+PING_TIMEOUT_S = 3.0
 NUM_MISSED_PINGS = 2  # after which p2pd hangs
 STORE_TIMEOUT_S = 20.0
 RESTART_DELAYS_S = (0.0, 0.2, 0.5, 1.0, 2.0, 4.0, 8.0, 15.0)  # before each attempt; then the transport has failed
 REJOIN_TIMEOUT_S = 10.0
+CANCEL_AGAIN_S = 5.0  # longer than p2pd takes to end
 MAX_KNOWN_PEERS = 64  # that are connected to again after a restart
 MIN_KNOWN_PEERS = 8  # with fewer, a stranger who calls is noted at once
 _PEER_ADDRESS = re.compile(r"(/.+)/p2p/([1-9A-HJ-NP-Za-km-z]+)\Z")
@@ -169,8 +170,9 @@ class HivemindTransport(Transport):
         if not was_up:
             return
         assert self._supervisor is not None
-        self._supervisor.cancel()
-        await asyncio.wait({self._supervisor})
+        while not self._supervisor.done():  # again, where hivemind loses a cancellation (Python 3.11's wait_for does)
+            self._supervisor.cancel()
+            await asyncio.wait({self._supervisor}, timeout=CANCEL_AGAIN_S)
         session, self._session = self._session, None
         if session is not None:
             await self._end_session(session)

@@ -62,6 +62,11 @@ class Daemon(P2P):  # type: ignore[misc]  # hivemind has no types
 
     folder: Path
     call_filter: CallFilter
+    newest: "Daemon | None" = None  # of its class: how one is reached that hivemind failed to start
+
+    def __init__(self) -> None:
+        super().__init__()
+        type(self).newest = self
 
     @staticmethod
     def _make_process_args(*args: Any, **kwargs: Any) -> list[str]:
@@ -151,10 +156,12 @@ class Daemon(P2P):  # type: ignore[misc]  # hivemind has no types
         self._terminate()
         if self._child is not None:
             try:
-                await asyncio.wait_for(self._child.wait(), _END_TIMEOUT_S)
+                async with asyncio.timeout(_END_TIMEOUT_S):
+                    await self._child.wait()
             except TimeoutError:
                 self._child.kill()
                 await self._child.wait()
+            self._child._transport.close()  # its pipe, which asyncio would close when the loop is gone
         shutil.rmtree(self.folder, ignore_errors=True)
 
     async def _call(self, request: Any) -> Any:
@@ -209,13 +216,19 @@ async def start_daemon(
             startup_timeout=settings.startup_timeout_s,
         )
     except (P2PDaemonError, ControlFailure, OSError, EOFError) as error:
-        shutil.rmtree(folder, ignore_errors=True)
+        await _end_newest(kind, folder)
         reason = " ".join(str(error).split())[:300]
         raise TransportError(
             f"p2pd does not start: {reason}; check --listen, and `pip install hivemind` anew"
         ) from error
     except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
+        await _end_newest(kind, folder)
         raise
     key.unlink()
     return daemon
+
+
+async def _end_newest(kind: type[Daemon], folder: Path) -> None:
+    if kind.newest is not None:
+        await kind.newest.end()
+    shutil.rmtree(folder, ignore_errors=True)

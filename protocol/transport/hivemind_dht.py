@@ -232,12 +232,8 @@ class Dht:
 
     async def meet(self, peer: bytes) -> None:
         """Get to know a peer that is connected. Raises PeerUnreachable, ClockSkewed."""
-        request = dht_pb2.PingRequest(peer=self._node.protocol.node_info, validate=False)
         asked_at = self._clock()
-        try:
-            response = await self._node.protocol.get_stub(PeerID(peer)).rpc_ping(request, timeout=CALL_TIMEOUT_S)
-        except Exception as error:  # whatever hivemind makes of a peer that speaks otherwise, or not at all
-            raise PeerUnreachable(f"the peer does not speak this protocol: {type(error).__name__}") from error
+        response = await self._ping(peer, dht_pb2.NodeInfo())  # without naming itself, until the clocks are compared
         answered_at = self._clock()
         early_s, late_s = asked_at - response.dht_time, response.dht_time - answered_at
         skew_s = max(early_s, late_s)
@@ -245,9 +241,17 @@ class Dht:
             side = "behind" if early_s > 0 else "ahead of"
             fix = "set the one that is wrong (NTP keeps a clock right)"
             raise ClockSkewed(f"the peer's clock is {skew_s:.0f} s {side} this node's: {fix}")
+        response = await self._ping(peer, self._node.protocol.node_info)
         if response.peer.node_id:
             place = DHTID.from_bytes(response.peer.node_id)
             await self._node.protocol.update_routing_table(place, PeerID(peer), responded=True)
+
+    async def _ping(self, peer: bytes, own: Any) -> Any:
+        stub = self._node.protocol.get_stub(PeerID(peer))
+        try:
+            return await stub.rpc_ping(dht_pb2.PingRequest(peer=own, validate=False), timeout=CALL_TIMEOUT_S)
+        except Exception as error:  # whatever hivemind makes of a peer that speaks otherwise, or not at all
+            raise PeerUnreachable(f"the peer does not speak this protocol: {type(error).__name__}") from error
 
     async def fill_routing_table(self) -> None:
         """Learn who is near, so that they learn of this node too."""
