@@ -49,6 +49,7 @@ class SwarmExchange(Exchange):
         self._make_member, self._build_rescorer = make_member, build_rescorer
         self._config, self._about, self._note, self._on_started = config, about, note, on_started
         self._member: Member | None = None
+        self._is_started = False
         self._rescorer: Rescorer | None = None
         self._unsent: list[SharedGroup] = []
         self._sent_at_s = 0.0  # on the loop's clock
@@ -63,6 +64,7 @@ class SwarmExchange(Exchange):
         self._rescorer = self._build_rescorer(parts)
         self._member = await self._make_member(self._rescorer, self.about)
         await self._member.start()
+        self._is_started = True
         self._on_started(self._member)
         self._spawn(self._member.wait_failed())
         self._spawn(self._watch(self._member))
@@ -108,8 +110,8 @@ class SwarmExchange(Exchange):
         }
 
     def status(self) -> dict[str, Any] | None:
-        """Return the member's status; None before `start`."""
-        return None if self._member is None else self._member.status()
+        """Return the member's status; None before it listens."""
+        return self._member.status() if self._member is not None and self._is_started else None
 
     def about(self) -> NodeAbout:
         """What the node says of itself to others, with its rollouts per minute as they are now."""
