@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 __all__ = [
     "Rectangle",
@@ -23,6 +24,9 @@ __all__ = [
     "position_mask",
     "rectangles",
 ]
+
+# Without cuDNN, which plans anew for every shape: prefills rarely have one twice.
+_PREFILL_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def length_mask(
@@ -131,9 +135,10 @@ def attend_rectangles(
         shape = group.num_sequences, group.longest
         padded = (x if group.tokens is None else x[group.tokens] for x in (query, keys, values))
         q, k, v = (x.unflatten(0, shape).transpose(1, 2) for x in padded)  # [num_sequences, heads, longest, head_dim]
-        attended = functional.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=1.0, enable_gqa=query.shape[1] != keys.shape[1]
-        )
+        with sdpa_kernel(_PREFILL_KERNELS):
+            attended = functional.scaled_dot_product_attention(
+                q, k, v, is_causal=True, scale=1.0, enable_gqa=query.shape[1] != keys.shape[1]
+            )
         flat = attended.transpose(1, 2).reshape(group.num_sequences * group.longest, -1)
         if group.places is None or group.order is None:
             return flat

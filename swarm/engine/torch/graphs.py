@@ -24,6 +24,7 @@ __all__ = ["DecodeStep", "bucket"]
 
 _Shape: TypeAlias = tuple[int, int, Mode]  # rows, positions to attend to, what the sampler has to do
 _LEAST_POSITIONS = 64
+_LEAST_ROWS = 32  # of more than one: fewer cost a GPU as much
 
 
 def bucket(number: int, limit: int, least: int = 1) -> int:
@@ -64,7 +65,7 @@ class DecodeStep:
             slots.changed = False
         self._run(
             (
-                bucket(n, self._num_slots),
+                bucket(n, self._num_slots, _LEAST_ROWS) if n > 1 else 1,
                 bucket(int(slots.cached[:n].max()) + 1, self._capacity, _LEAST_POSITIONS),
                 Mode.of(slots.temperature[:n], slots.top_k[:n], slots.top_p[:n]),
             )
@@ -85,10 +86,13 @@ class DecodeStep:
     def _record(self, shape: _Shape) -> torch.cuda.CUDAGraph | None:
         """Record a step of this shape, without running it; None where that is impossible, which is said once."""
         graph = torch.cuda.CUDAGraph()
+        random = torch.cuda.default_generators[torch.cuda.current_device()]
+        state = random.clone_state()
         try:
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 self._step(*shape)
         except RuntimeError as error:
+            random.graphsafe_set_state(state)  # the one it had goes on waiting for the recording to end
             self._records = False
             reason = str(error).strip().partition("\n")[0]
             warnings.warn(f"decoding without graphs, which is slower: this model records none ({reason})", stacklevel=2)

@@ -242,12 +242,12 @@ class LlamaRunner(ModelRunner):
         n = len(tokens)
         rotation = self._rotation[positions][:, None] * self._head_scale  # [n, rotated heads, head_dim / 2]
         slots = torch.arange(n, device=self.device) * self._slot_stride
-        rows = ((slots + positions)[:, None] + self._head_rows).flatten()  # [n * 2 * num_kv_heads]
+        rows = (slots + positions)[:, None] + self._head_rows  # [n, 2 * num_kv_heads]
         group = self.num_heads // self.num_kv_heads
         hidden = self.embedding[tokens]  # [n, hidden]
         for layer, cache in zip(self._layers, self.cache, strict=True):
             query, new = self._project(layer, hidden, rotation)
-            cache.view(-1, self.head_dim).index_copy_(0, rows, new.reshape(-1, self.head_dim))
+            cache.view(-1, self.head_dim)[rows] = new
             query = query.unflatten(1, (self.num_kv_heads, group))
             hidden = layer.out.plus(attend(query, cache).to(self.dtype), hidden)
             hidden = self._feed_forward(layer, hidden)

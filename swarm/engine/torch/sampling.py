@@ -63,8 +63,11 @@ def _keep_top(logits: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor) ->
 
 
 def _block_mass(blocks: torch.Tensor) -> torch.Tensor:
-    """Return the log-sum-exp of every block. blocks: float32 [num_rows, num_blocks, width]."""
-    library = kernels() if blocks.device.type == "cpu" and blocks.shape[-1] % 16 == 0 else None
+    """Return the log-sum-exp of every block, in float32. blocks: [num_rows, num_blocks, width], float32 on a CPU."""
+    if blocks.device.type != "cpu":  # the largest and its log-probability: two passes of fused kernels instead of six
+        of_largest = torch.log_softmax(blocks, dim=-1, dtype=torch.float32).amax(-1)
+        return (blocks.amax(-1).float() - of_largest).nan_to_num_(nan=-math.inf)  # a block without any mass
+    library = kernels() if blocks.shape[-1] % 16 == 0 else None
     return blocks.logsumexp(-1) if library is None else library.block_mass(blocks.flatten(1), blocks.shape[-1])
 
 
@@ -90,7 +93,7 @@ def sample(
         settings = (None if each is None else each.cpu().numpy() for each in (temperature, top_k, top_p))
         mode = Mode.of(*settings)  # type: ignore[arg-type]
     num_rows, vocab = logits.shape
-    scaled = logits.float()
+    scaled = logits.float() if logits.device.type == "cpu" or mode.scaled or mode.truncated else logits
     if mode.scaled:
         scaled = scaled / temperature.masked_fill(temperature == 0, 1.0)[:, None]
     if mode.truncated and top_k is not None and top_p is not None:
@@ -108,8 +111,8 @@ def sample(
         noise = gumbel(seeds, positions, num_blocks + width)
         block = (block_mass + noise[:, :num_blocks]).argmax(-1, keepdim=True)  # [num_rows, 1]
         inside = blocks.gather(1, block[:, :, None].expand(-1, -1, width)).squeeze(1)  # [num_rows, width]
-        tokens = (block * width).squeeze(1) + (inside + noise[:, num_blocks:]).argmax(-1)
+        tokens = (block * width).squeeze(1) + (inside.float() + noise[:, num_blocks:]).argmax(-1)
         if mode.greedy == "some":
             tokens = torch.where(temperature == 0, scaled.argmax(-1), tokens)
-    logprobs = (scaled.gather(1, tokens[:, None]) - total).squeeze(1)
+    logprobs = (scaled.gather(1, tokens[:, None]).float() - total).squeeze(1)
     return tokens, logprobs
