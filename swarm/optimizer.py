@@ -97,6 +97,9 @@ class FlatAdamW:
 
     def grad_norm(self) -> Tensor:
         """Return the global 2-norm of the gradient, a scalar; the sum of squares is split for accuracy."""
+        if self._grad.device.type != "cpu":  # reductions there are split by their nature
+            whole: Tensor = torch.linalg.vector_norm(self._grad)
+            return whole
         norms = torch._foreach_norm(torch.split(self._grad, _NORM_BLOCK))
         norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
         return norm
