@@ -34,6 +34,13 @@ def shuffled(value, random):
     return tuple(shuffled(item, random) for item in value) if isinstance(value, list) else value
 
 
+def count(value):
+    """Scalars and containers in a value, the keys of mappings among them."""
+    if isinstance(value, dict):
+        return 1 + len(value) + sum(map(count, value.values()))
+    return 1 + sum(map(count, value)) if isinstance(value, list | tuple) else 1
+
+
 @pytest.mark.parametrize(
     ("value", "golden"),
     [
@@ -135,6 +142,26 @@ def test_a_declared_length_costs_no_memory(data):
     finally:
         tracemalloc.stop()
     assert peak_bytes < 32 * 2**20
+
+
+@given(VALUES)
+def test_values_are_counted_as_they_stand(value):
+    data, num_values = encode(value), count(value)
+    assert decode(data, max_values=num_values) == value
+    with pytest.raises(CodecError, match="more than"):
+        decode(data, max_values=num_values - 1)
+
+
+def test_a_million_small_values_cost_no_memory():
+    data = b"\xdd\x00\x10\x00\x00" + b"\x90" * 2**20
+    tracemalloc.start()
+    try:
+        with pytest.raises(CodecError, match="more than 100 values"):
+            decode(data, max_values=100)
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak_bytes < 2**16
 
 
 def test_size_limits_hold_both_ways():
