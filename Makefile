@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench pins clean
+.PHONY: help setup demo test soak lint format bench pins clean
 
 # Python 3.11 to 3.13; empty: the first that is found.
 PYTHON ?=
@@ -40,6 +40,9 @@ demo: setup ## a swarm of three nodes on this machine, with the built-in model `
 
 test: lint ## lint, type-check, and run all tests with coverage
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(bin)/python -m pytest --cov --cov-report=term:skip-covered
+
+soak: setup ## run the long survival tests, with their figures (many minutes)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(bin)/python -m pytest -m soak -rA --timeout 7200
 
 lint: setup ## ruff, mypy and the order of the layers
 	$(bin)/ruff check .

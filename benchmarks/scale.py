@@ -25,13 +25,17 @@ from typing import Any
 from _swarm import Node, Swarm, write_group
 from harness import Bar, report
 
+from protocol import member
+from protocol.messages import SharedGroup
 from protocol.refusals import Reason
 from protocol.transport import virtual_time
+from protocol.wire import encode_frame
 
 __all__: list[str] = []
 
 JOINS_PER_S = 100.0
 SETTLE_S = 45.0
+NUM_GROUPS = 16_384
 
 
 def quantile(values: list[float], share: float) -> float:
@@ -59,28 +63,38 @@ class Measured:
         return {key: value - earlier.sums[key] for key, value in self.sums.items()}
 
 
-async def train(node: Node, args: argparse.Namespace, frame_bytes: list[int]) -> None:
+class Writer:
+    """Groups written and compressed once: so many that a node seldom meets one twice."""
+
+    def __init__(self, num_groups: int) -> None:
+        rng = random.Random("groups")
+        self.groups = [write_group(rng) for _ in range(num_groups)]
+        self._frames = {id(group): encode_frame(group) for group in self.groups}
+        self.frame_bytes = statistics.mean(len(frame) for frame in self._frames.values())
+
+    def encode(self, group: SharedGroup) -> bytes:
+        """Stands in for `encode_frame` in every member."""
+        return self._frames[id(group)]
+
+
+async def train(node: Node, args: argparse.Namespace, writer: Writer) -> None:
     """Live a node's rounds: sample, publish, and take a round's time. Ended by cancellation."""
     await asyncio.sleep(node.rng.uniform(0, args.round_s))
     while True:
-        groups = [write_group(node.rng) for _ in range(args.external)]
         node.member.sample(args.external)
-        await node.member.publish(groups)
-        held = node.member.store.get(node.member.store.roots()[-1])
-        if held is not None and held.own and len(frame_bytes) < 10_000:
-            frame_bytes += map(len, held.frames.values())
+        await node.member.publish(node.rng.sample(writer.groups, args.external))
         await asyncio.sleep(args.round_s * node.rng.uniform(0.8, 1.2))
 
 
-async def simulate(num_nodes: int, args: argparse.Namespace) -> dict[str, Any]:
+async def simulate(num_nodes: int, args: argparse.Namespace, writer: Writer) -> dict[str, Any]:
     """Run one swarm and return its figures."""
     start_s = time.perf_counter()
-    swarm, frame_bytes = Swarm(seed=num_nodes), list[int]()
+    swarm = Swarm(seed=num_nodes)
     trainers = []
     reserve = -(-5 * args.external // 4)
     for _ in range(num_nodes):
         node = await swarm.add(reserve_groups=reserve)
-        trainers.append(asyncio.create_task(train(node, args, frame_bytes)))
+        trainers.append(asyncio.create_task(train(node, args, writer)))
         await asyncio.sleep(1 / JOINS_PER_S)
     await asyncio.sleep(SETTLE_S + args.warmup * args.round_s)
     before = Measured(swarm.nodes)
@@ -97,7 +111,7 @@ async def simulate(num_nodes: int, args: argparse.Namespace) -> dict[str, Any]:
     links = [len(node.member.neighbours.ids) for node in swarm.nodes]
     swarm.check()
     node_rounds = num_nodes * args.rounds
-    ideal = found["groups_sampled"] * statistics.mean(frame_bytes)
+    ideal = found["groups_sampled"] * writer.frame_bytes
     for trainer in trainers:
         trainer.cancel()
     figures = {
@@ -112,7 +126,7 @@ async def simulate(num_nodes: int, args: argparse.Namespace) -> dict[str, Any]:
         "batches_heard_per_round": found["batches_heard"] / node_rounds,
         "bytes_in_per_round": found["bytes_in"] / node_rounds,
         "bytes_out_per_round": found["bytes_out"] / node_rounds,
-        "frame_bytes": statistics.mean(frame_bytes),
+        "frame_bytes": writer.frame_bytes,
         "ideal_bytes_per_round": ideal / node_rounds,
         "bytes_over_ideal": found["bytes_in"] / ideal,
         "pulls_from_strangers_share": found["pulls_from_strangers"]
@@ -137,7 +151,9 @@ def main() -> None:
     parser.add_argument("--round-s", type=float, default=15.0, help="virtual seconds of one round")
     parser.add_argument("--external", type=int, default=4, help="J: groups sampled, and published, in a round")
     args = parser.parse_args()
-    sizes = [virtual_time.run(simulate(num_nodes, args)) for num_nodes in args.nodes]
+    writer = Writer(NUM_GROUPS)
+    member.encode_frame = writer.encode
+    sizes = [virtual_time.run(simulate(num_nodes, args, writer)) for num_nodes in args.nodes]
     first, last = sizes[0], sizes[-1]
     growth = last["bytes_in_per_round"] / first["bytes_in_per_round"] if len(sizes) > 1 else None
     bars = [Bar(f"share of wanted groups sampled, {s['num_nodes']} nodes", s["sampled_of_wanted"], 0.99) for s in sizes]

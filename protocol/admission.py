@@ -36,6 +36,7 @@ _REASONS: dict[str, Reason] = {
     "invalid": Reason.INVALID_TASK,
 }
 _MAX_SEEN = 8192  # groups whose content is remembered, so that none is used twice
+_SEEN_FOR_S = 1800.0  # for how long: three times as long as a batch is live
 _NEWCOMER_BURST_S = 30.0  # a late joiner hears many new authors at once
 _TELLER_BURST_S = 64.0
 
@@ -72,7 +73,7 @@ class Admission:
         config, now_s = local.config, local.clock()
         self._newcomers = Quota(config.max_newcomers_per_s, config.max_newcomers_per_s * _NEWCOMER_BURST_S, now_s)
         self._tellers = Quotas(config.max_announcements_per_s, config.max_announcements_per_s * _TELLER_BURST_S, 1024)
-        self._seen: OrderedDict[bytes, None] = OrderedDict()
+        self._seen: OrderedDict[bytes, float] = OrderedDict()  # content -> when, unix seconds
         self._unknown_in_a_row: OrderedDict[str, int] = OrderedDict()  # by author: groups of sources not known here
 
     def announcement(self, encoded: bytes, teller: str, *, asked: bool) -> LiveBatch | None:
@@ -153,7 +154,7 @@ class Admission:
 
     def restore_seen(self, seen: list[bytes]) -> None:
         """Go on from what `seen` gave."""
-        self._seen = OrderedDict.fromkeys(seen[-_MAX_SEEN:])
+        self._seen = OrderedDict.fromkeys(seen[-_MAX_SEEN:], self._local.clock())
 
     def allow_again(self, frame: bytes) -> None:
         """Let a group be admitted that was, and was not used: one of the saved pool."""
@@ -164,8 +165,9 @@ class Admission:
         self._note_seen(content_digest(group))
 
     def _note_seen(self, content: bytes) -> None:
-        self._seen[content] = None
-        if len(self._seen) > _MAX_SEEN:
+        now_s = self._local.clock()
+        self._seen[content] = now_s
+        while len(self._seen) > _MAX_SEEN or next(iter(self._seen.values())) < now_s - _SEEN_FOR_S:
             self._seen.popitem(last=False)
 
     def _note_unknown(self, author: str) -> None:

@@ -51,6 +51,7 @@ from protocol.wire import decode_node_record, encode_frame
 __all__ = ["ExternalGroup", "Member", "NodeAbout", "Rescore", "Rescored"]
 
 MIN_POOL_GROUPS = 16
+RATE_S = 300.0  # over which the rate of published completions is taken
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +128,7 @@ class Member:
             local, self.directory, shards, self.neighbours, self._own_record, self.announcements, self.store, self.pool
         )
         self._sequence = 0
-        self._published: deque[tuple[float, int]] = deque(maxlen=1024)  # (when, completions)
+        self._published: deque[tuple[float, int]] = deque(maxlen=4096)  # (when, completions)
         self._closed = False
 
     @property
@@ -187,7 +188,7 @@ class Member:
                 self.local.refuse(refusal.reason)
                 continue
             self._admission.note_own(group)
-            self._published.append((self.local.clock(), len(group.completions)))
+            self._count_published(len(group.completions))
             if len(frames) == MAX_FRAMES or sum(map(len, frames)) + len(frame) > MAX_BATCH_BYTES:
                 self._publish(frames)
                 frames = []
@@ -231,7 +232,13 @@ class Member:
     def rollouts_per_minute(self) -> int:
         """Completions published in the last five minutes, per minute."""
         now_s = self.local.clock()
-        return round(sum(num for at_s, num in self._published if now_s - at_s <= 300) / 5)
+        return round(60 * sum(num for at_s, num in self._published if now_s - at_s <= RATE_S) / RATE_S)
+
+    def _count_published(self, num_completions: int) -> None:
+        now_s = self.local.clock()
+        self._published.append((now_s, num_completions))
+        while self._published[0][0] < now_s - RATE_S:
+            self._published.popleft()
 
     def status(self) -> dict[str, Any]:
         """Everything that statistics show, as plain data with a schema version."""

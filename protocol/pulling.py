@@ -46,6 +46,7 @@ MAX_HOLDERS_ASKED = 3  # for one frame at one time
 MAX_FAILURES = 3  # times that all of them may fail
 RETRY_S = 5.0  # until a batch is tried again
 SLOW_S = 1.5  # after which a pull no longer counts
+COUNT_AGAIN_S = 1.0  # how often authors with a record are counted
 SLOW_FOR_S = 60.0  # how long its holder is asked last
 MAX_SLOW_FACTOR = 2  # frames in slow pulls, for each group of the reserve: they may all come in the end
 _SERVED_BURST_S = 8.0
@@ -82,6 +83,7 @@ class Pulling:
         self._under_way = Counter[str]()  # frames by author: asked for, or being re-scored
         self._num_pulls = 0  # that count
         self._num_slow_frames = 0
+        self._num_established, self._counted_at_s = 0, 0.0
         self._slow_until_s: dict[str, float] = {}  # by holder
         self._retries: list[tuple[float, LiveBatch, int]] = []  # (when, batch, frames)
         self._served = Quotas(config.max_served_bytes_per_s, config.max_served_bytes_per_s * _SERVED_BURST_S, 1024)
@@ -121,12 +123,12 @@ class Pulling:
     @property
     def newcomers_are_capped(self) -> bool:
         """Whether enough authors have a record that those without one share a part."""
-        now_s, num_established = self._local.clock(), 0
-        for author in self._announcements.authors:
-            num_established += self._local.reputation.is_established(author, now_s)
-            if num_established >= MIN_AUTHORS_FOR_CAPS:
-                return True
-        return False
+        now_s = self._local.clock()
+        if now_s - self._counted_at_s >= COUNT_AGAIN_S:
+            is_established = self._local.reputation.is_established
+            self._num_established = sum(is_established(author, now_s) for author in self._announcements.authors)
+            self._counted_at_s = now_s
+        return self._num_established >= MIN_AUTHORS_FOR_CAPS
 
     def is_newcomer(self, author: str) -> bool:
         """Whether an author has no record of useful groups."""

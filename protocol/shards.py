@@ -30,6 +30,7 @@ __all__ = ["MAX_SHARD_DEPTH", "NUM_SALTS", "SHARD_ROOM", "Shards", "record_valid
 NUM_SALTS = 2
 MAX_SHARD_DEPTH = 16
 SHARD_ROOM = 12
+_LOOK_UP = 0.25  # how often a node that has room looks for room above, where readers come first
 _MAX_CHECKED = 4096  # signatures that are remembered as good, since the DHT shows the same records again and again
 
 
@@ -49,7 +50,7 @@ def record_validator(swarm_id: str) -> RecordValidator:
     """Return what decides for a transport which records to store, return and believe in this swarm."""
     good: OrderedDict[bytes, tuple[str, float]] = OrderedDict()  # digest of a record -> owner, created at
 
-    def read(value: bytes) -> tuple[str, float] | None:
+    def read(value: bytes, now: float) -> tuple[str, float] | None:
         digest = hashlib.sha256(value).digest()
         found = good.get(digest)
         if found is None:
@@ -59,7 +60,7 @@ def record_validator(swarm_id: str) -> RecordValidator:
             except Refusal:
                 return None
             found = good[digest] = (record.node_id, record.created_at_ms / 1000)
-            if len(good) > _MAX_CHECKED:
+            while good and (len(good) > _MAX_CHECKED or next(iter(good.values()))[1] < now - NODE_RECORD_TTL_S):
                 good.popitem(last=False)
         return found
 
@@ -72,7 +73,7 @@ def record_validator(swarm_id: str) -> RecordValidator:
                 return False
         except IdentityError:
             return False
-        found = read(value)
+        found = read(value, now)
         if found is None or found[0] != owner:
             return False
         # The expiration is the transport's and unsigned: bound to the signed time, an old record cannot be revived.
@@ -128,11 +129,13 @@ class Shards:
                 return depth
             full = depth
             depth, step = min(depth + step, MAX_SHARD_DEPTH), 2 * step
-        if full < 0 and depth:
+        if full < 0:
             # There is room at the hint: perhaps also above it.
-            if not await self._has_room(salt, depth - 1, path, found):
-                return depth
-            depth -= 1
+            while depth and (self._depths[salt] is None or self._rng.random() < _LOOK_UP):
+                if not await self._has_room(salt, depth - 1, path, found):
+                    break
+                depth -= 1
+            return depth
         while depth - full > 1:
             middle = (full + depth) // 2
             if await self._has_room(salt, middle, path, found):

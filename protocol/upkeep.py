@@ -37,11 +37,11 @@ from protocol.wire import decode_node_record
 
 __all__ = ["Upkeep"]
 
-PLACE_AGAIN_S = 600.0  # how often a node looks whether its place in the DHT is still right
-FIRST_PLACE_AGAIN_S = 60.0  # the first time: nodes that start together all find the same room
+PLACE_AGAIN_S = 1800.0  # how often a node looks whether its place in the DHT is still right: dear, and seldom news
 FORGET_S = 10.0
+MANY_NODES = 64  # known, beyond which there is no hurry to know more: a small swarm is known whole
 _ASK_S = (5.0, 300.0)  # how often a neighbour is asked for records: while few nodes are known, and at most
-_READ_S = (15.0, 1200.0)  # the same, for reading a shard: it costs as much as a whole round of groups
+_READ_S = (15.0, 1800.0)  # the same, for reading a shard: it costs as much as a whole round of groups
 
 
 class Upkeep:
@@ -73,15 +73,15 @@ class Upkeep:
     async def _renew_loop(self) -> None:
         """Keep the own record in the DHT. Waits for its turn; ends with the member."""
         local = self._local
-        place_at_s, place_pause_s, turn = 0.0, FIRST_PLACE_AGAIN_S, 0
+        place_at_s, turn = 0.0, 0
         while True:
             try:
                 salts: Sequence[int] = [turn % NUM_SALTS]
                 turn += 1
                 if local.clock() >= place_at_s:
                     await self._shards.place(self._found)
-                    place_at_s = local.clock() + place_pause_s * local.rng.uniform(0.5, 1.5)
-                    place_pause_s = PLACE_AGAIN_S
+                    # Nodes that start together find the same room; they look again at times of their own.
+                    place_at_s = local.clock() + PLACE_AGAIN_S * local.rng.uniform(0, 2)
                     salts = range(NUM_SALTS)
                 self.num_holders = await self._shards.publish(self._own_record.renew(), salts)
                 self._neighbours.wake()
@@ -103,8 +103,9 @@ class Upkeep:
             lonely = not self._neighbours.ids
             if now_s >= ask_at_s and not lonely:
                 num_new = await self._ask(rng.choice(list(self._neighbours.ids)))
-                ask_s = _next_pause_s(ask_s, _ASK_S, often=few and num_new > 0, seldom=not few)
-                ask_at_s = now_s + ask_s * rng.uniform(0.8, 1.2)
+                many = len(self._directory) >= MANY_NODES
+                ask_s = _next_pause_s(ask_s, _ASK_S, often=num_new > 0 and not many, seldom=many)
+                ask_at_s = now_s + ask_s * rng.uniform(0.5, 1.5)
             if now_s >= read_at_s:
                 num_before = len(self._directory)
                 try:
@@ -114,7 +115,7 @@ class Upkeep:
                 turn += 1
                 often = lonely or (few and len(self._directory) > num_before)
                 read_s = _next_pause_s(read_s, _READ_S, often=often, seldom=not few)
-                read_at_s = now_s + read_s * rng.uniform(0.8, 1.2)
+                read_at_s = now_s + read_s * rng.uniform(0, 2)
             for link in self._neighbours.outbound():
                 if now_s - link.greeted_at_s > GREET_AGAIN_S:
                     await self._neighbours.greet_again(link)

@@ -7,14 +7,13 @@ from collections import Counter
 from collections.abc import Coroutine, Sequence
 from typing import Any
 
-from _swarm import Node, Swarm, identity_of, read_rewards, write_group
+from _swarm import Swarm, identity_of, write_group
 
 from protocol.about import NodeAbout
 from protocol.digests import leaf_of
 from protocol.identity import Identity
 from protocol.messages import Announcement, SharedCompletion, SharedGroup
 from protocol.own_record import sign_own_record
-from protocol.refusals import Reason
 from protocol.requests import (
     AnnounceRequest,
     Hello,
@@ -28,7 +27,7 @@ from protocol.requests import (
     encode_peers_response,
     encode_pull_response,
 )
-from protocol.shards import path_of, record_validator, shard_key
+from protocol.shards import path_of, shard_key
 from protocol.signing import sign_announcement
 from protocol.transport import virtual_time
 from protocol.transport.base import RequestRefused, TransportError
@@ -285,10 +284,6 @@ def test_a_slow_holder_delays_nobody():
     simulate(main())
 
 
-def share_of_batches(victims: list[Node], sybils: set[str], drawn: list[list[Any]]) -> float:
-    return max(sum(group.author in sybils for group in batch) / 8 for batch in drawn)
-
-
 def test_two_hundred_throwaway_identities_get_a_quarter_of_any_batch():
     async def main() -> None:
         swarm = Swarm()
@@ -386,7 +381,7 @@ def test_an_abused_directory_hides_nobody():
                         shard_key("main", salt, depth, path_of(owner, salt)), value, clock() + far_s
                     )
             await attacker.transport.store(shard_key("main", salt, 0, path), b"a plain value", clock() + 10**9)
-        sybils = [await attack(swarm, 30_000 + number) for number in range(60)]
+        sybils = [await attack(swarm, 30_000 + number) for number in range(10)]
         for sybil in sybils:
             for salt in (0, 1):
                 await sybil.transport.store(shard_key("main", salt, 0, 0), sybil.record().encoded, clock() + 119)
@@ -425,8 +420,3 @@ def test_eclipsed_keys_isolate_nobody():
         await swarm.close()
 
     simulate(main())
-
-
-def test_validators_are_shared_by_value():
-    assert record_validator("main") is not record_validator("main")
-    assert read_rewards is not None

@@ -7,8 +7,8 @@ from protocol.messages import NodeRecord
 
 def record(node_id: str, created_at_s: float = 1000.0) -> NodeRecord:
     return NodeRecord(
-        (1, 0), node_id, "memory", (f"/memory/p2p/{node_id}",), int(created_at_s * 1000), "trainer", "s", "m", (), 0, b"",
-        node_id.encode(),
+        (1, 0), node_id, "memory", (f"/memory/p2p/{node_id}",), int(created_at_s * 1000), "trainer", "s", "m", (), 0,
+        b"", node_id.encode(),
     )  # fmt: skip
 
 
