@@ -176,7 +176,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--prompt-len", type=int, default=128)
     parser.add_argument("--updates", type=int, default=4, help="updates per process; the first is a warm-up")
     parser.add_argument("--threads", type=int, default=0, help="0: torch's default")
-    parser.add_argument("--microbatch-tokens", type=int, default=1024)
+    parser.add_argument("--microbatch-tokens", type=int, default=1536)
     parser.add_argument("--chunk-tokens", type=int, default=1024)
     parser.add_argument("--no-shared", action="store_true", help="leave out the batch with one shared prompt")
     parser.add_argument("--time-limit-s", type=float, default=900.0, help="for each process")

@@ -30,7 +30,7 @@ FALLBACK: dict[str, Any] = {
     "rollout": {"max_new_tokens": 64},
     "sapo": {"num_local": 4},
     # logits of 49,152 words: short microbatches are faster and smaller on a CPU
-    "trainer": {"learning_rate": 1e-5, "max_tokens_per_microbatch": 1024},
+    "trainer": {"learning_rate": 1e-5, "max_tokens_per_microbatch": 1536},
     "evaluation": {"every_rounds": 10},
     "rounds": 50,
 }
