@@ -155,6 +155,7 @@ class BoundedStorage(DHTLocalStorage):  # type: ignore[misc]  # hivemind has no 
         return iter(())
 
     def __len__(self) -> int:
+        self._drop_all_expired()
         return self._num_records
 
     def __bool__(self) -> bool:

@@ -91,6 +91,8 @@ async def read_response(reader: asyncio.StreamReader, max_response_bytes: int) -
     body = await reader.readexactly(num_bytes)
     code, detail = body[1 : 1 + body[0]], body[1 + body[0] :]
     try:
+        if len(code) != body[0]:
+            raise ValueError("the code is cut short")
         raise RequestRefused(check_name(code.decode()), detail.decode()[:200])
     except ValueError:  # a code that is none, or bytes that are no text
         raise PeerUnreachable("the peer does not speak this protocol") from None
