@@ -33,13 +33,18 @@ def checked_peers(texts: Sequence[str]) -> list[str]:
 
 
 def expand_listen(texts: Sequence[str]) -> list[str]:
-    """Return the addresses in `--listen` options; a port alone stands for TCP and QUIC on every interface."""
+    """Return the addresses in `--listen` options; a port alone stands for TCP on every interface.
+
+    Raises AddressError for what is neither; what else may be wrong with an address, the transport says.
+    """
     found: list[str] = []
     for part in (part.strip() for text in texts for part in text.split(",")):
         if part.isdigit():
-            found += [f"/ip4/0.0.0.0/tcp/{part}", f"/ip4/0.0.0.0/udp/{part}/quic-v1"]
-        else:
+            found.append(f"/ip4/0.0.0.0/tcp/{part}")
+        elif part.startswith("/"):
             found.append(part)
+        else:
+            raise AddressError(f"cannot listen on {part!r}: write it like /ip4/0.0.0.0/tcp/7000, or give a port alone")
     return found
 
 

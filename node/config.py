@@ -52,7 +52,9 @@ class NetworkConfig(Section):
     """How other nodes reach this one."""
 
     transport: Literal["hivemind"] = Field("hivemind", description="what carries the bytes; one for a whole swarm")
-    listen: tuple[str, ...] = Field((), description="multiaddresses to listen on; empty: TCP and QUIC, ports as before")
+    listen: tuple[str, ...] = Field(
+        (), description="multiaddresses to listen on; empty: TCP on a free port, which is kept"
+    )
     announce: tuple[str, ...] = Field((), description="multiaddresses that others are told, where they differ")
     relay: bool = Field(True, description="whether peers that cannot be reached directly are reached through relays")
     auto_relay: bool = Field(False, description="whether to become reachable through a relay, behind a firewall")

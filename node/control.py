@@ -45,8 +45,11 @@ def socket_path(run_dir: Path) -> Path:
         return path
     name = hashlib.blake2b(os.fsencode(path), digest_size=12).hexdigest()
     runtime = os.environ.get("XDG_RUNTIME_DIR")
-    folder = Path(runtime) / "swarm-node" if runtime else Path(tempfile.gettempdir()) / f"swarm-node-{os.geteuid()}"
-    return folder / f"{name}.sock"
+    if runtime:
+        path = Path(runtime) / "swarm-node" / f"{name}.sock"
+        if len(os.fsencode(path)) <= _MAX_SOCKET_PATH_BYTES:
+            return path
+    return Path(tempfile.gettempdir()) / f"swarm-node-{os.geteuid()}" / f"{name}.sock"
 
 
 class Monitor:

@@ -31,7 +31,7 @@ from swarm.errors import UserError
 
 __all__ = ["DemoFailed", "run_demo"]
 
-_LISTEN: Final = "/ip4/127.0.0.1/tcp/0,/ip4/127.0.0.1/udp/0/quic-v1"
+_LISTEN: Final = "/ip4/127.0.0.1/tcp/0"
 _START_WITHIN_S: Final = 120.0
 _END_WITHIN_S: Final = 15.0
 _POLL_S: Final = 0.25

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TextIO
 
-__all__ = ["Display", "JsonDisplay", "PlainDisplay", "Progress", "RunInfo", "duration"]
+__all__ = ["Display", "JsonDisplay", "PlainDisplay", "Progress", "RunInfo", "duration", "from_others"]
 
 _ETA_ROUNDS = 50
 _LEAST_INTERVAL_S = 2.0
@@ -168,10 +168,18 @@ def _round_line(row: Mapping[str, Any], progress: Progress) -> str:
     heldout = f"  held-out pass@1 {row['pass_at_1_heldout']:.3f}" if "pass_at_1_heldout" in row else ""
     return (
         f"round {row['round']}/{progress.rounds}  reward {row['reward_mean']:.3f} "
-        f"(average {row['reward_moving_average']:.3f}){heldout}  {row['tokens_per_s']:,.0f} tokens/s  "
+        f"(average {row['reward_moving_average']:.3f}){heldout}{from_others(row)}  {row['tokens_per_s']:,.0f} tokens/s  "
         f"rollout {row['rollout_s']:.3f} s  scoring {row['scoring_s']:.3f} s  update {row['update_s']:.3f} s  "
         f"memory {row['peak_rss_bytes'] / 2**20:,.0f} MiB  eta {duration(progress.eta_s(row['round']))}"
     )
+
+
+def from_others(row: Mapping[str, Any]) -> str:
+    """Return how much of a round came from other nodes; nothing where nothing was to come."""
+    num_external, num_missing = row.get("num_external", 0), row.get("num_external_missing", 0)
+    if not num_external + num_missing:
+        return ""
+    return f"  from others {num_external} of {num_external + num_missing} (peers {row['num_peers']})"
 
 
 def duration(seconds: float) -> str:

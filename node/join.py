@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 __all__ = ["join_line", "make_member", "make_swarm_exchange", "make_transport", "software", "started"]
 
+# QUIC where it is asked for: connections that p2pd moves to it by itself have been seen to fall silent.
+_LISTEN = ("/ip4/0.0.0.0/tcp/0",)
 _PORT = re.compile(r"(tcp|udp)/\d+(?:/quic-v1)?")
 
 
@@ -107,7 +109,7 @@ def make_transport(config: RunConfig, identity: Identity, listen: tuple[str, ...
     """Make the transport that the settings name. `listen` goes before the settings."""
     network = config.network
     settings = HivemindSettings(
-        listen=listen or network.listen or HivemindSettings().listen,
+        listen=listen or network.listen or _LISTEN,
         announce=network.announce,
         relay=network.relay,
         auto_relay=network.auto_relay,

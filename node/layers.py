@@ -187,7 +187,12 @@ def resolve(layers: Iterable[Layer], preset: Callable[[str], Mapping[str, Any]] 
         lay(layer)
     model_name = str(values.get("model.name", RunConfig().model.name))
     lay(Layer(f"preset {model_name}", _flatten(preset(model_name))))
-    config = RunConfig.model_validate(_nest(_with_absolute_paths(values)))
+    try:
+        config = RunConfig.model_validate(_nest(_with_absolute_paths(values)))
+    except ValidationError as error:  # of settings that are each possible and not together
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise ConfigError(f"{where}: {first['msg'].removeprefix('Value error, ')}") from None
     return ResolvedConfig(config, {name: origins.get(name, "default") for name in setting_values(config)})
 
 

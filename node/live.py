@@ -12,7 +12,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from node.display import Display, Progress, RunInfo, duration
+from node.display import Display, Progress, RunInfo, duration, from_others
 
 __all__ = ["LiveDisplay", "sparkline"]
 
@@ -116,6 +116,9 @@ class LiveDisplay(Display):
         if row is not None:
             reward = f"{row['reward_mean']:.3f}   average {row['reward_moving_average']:.3f}   "
             table.add_row("reward", Text(reward) + Text(sparkline(self._averages, _CHART_WIDTH), style="green"))
+            if others := from_others(row).removeprefix("  from others "):
+                theirs = row["reward_external_mean"]
+                table.add_row("from others", others + (f"   their reward {theirs:.3f}" if theirs is not None else ""))
         if self._heldout:
             table.add_row("held-out pass@1", self._heldout_line())
         if row is not None:

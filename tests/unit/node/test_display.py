@@ -100,3 +100,20 @@ def test_the_live_panel_shows_what_the_issue_of_a_run_is():
                  "12,346 tokens/s", "rollout 0.500", "scoring 0.100", "update 0.400", "3 MiB", "left 3:10",
                  "updating the policy"):  # fmt: skip
         assert part in text, part
+
+
+def test_a_round_in_a_swarm_says_what_came_from_others():
+    out, clock = io.StringIO(), Clock()
+    display = PlainDisplay(out, clock)
+    display.begin(INFO)
+    swarm = {"num_external": 3, "num_external_missing": 1, "num_peers": 2, "reward_external_mean": 0.5}
+    display.round(row(1, **swarm))
+    assert "  from others 3 of 4 (peers 2)  " in out.getvalue()
+    live = LiveDisplay(Console(file=io.StringIO(), force_terminal=True, width=120, color_system=None), clock)
+    live.begin(INFO)
+    live.round(row(1, **swarm))
+    live.round(row(2, **swarm | {"num_external": 0, "num_external_missing": 4, "reward_external_mean": None}))
+    with live._console.capture() as captured:
+        live._console.print(live.render())
+    live.end()
+    assert "0 of 4 (peers 2)" in captured.get()
