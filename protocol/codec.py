@@ -38,6 +38,7 @@ _LAYOUT = (
     *((n, 0, *_ARRAY) for n in (2, 4)),
     *((n, 0, *_MAP) for n in (2, 4)),
 )
+_NOT_PLAIN = frozenset((0xC1, 0xC7, 0xC8, 0xC9, 0xCA, 0xCB, 0xD4, 0xD5, 0xD6, 0xD7, 0xD8, 0xDE, 0xDF))
 
 
 def encode(value: object, *, max_bytes: int = MAX_RECORD_BYTES) -> bytes:
@@ -60,9 +61,13 @@ def decode(data: bytes, *, max_bytes: int = MAX_RECORD_BYTES, max_values: int | 
     """
     if len(data) > max_bytes:
         raise CodecError(f"a record of {len(data)} bytes is over the limit of {max_bytes}")
-    if max_values is not None:
-        _check_num_values(data, max_values)
+    is_plain = max_values is not None and _scan(data, max_values)
     try:
+        if is_plain:  # what takes the long way below is known already
+            value = msgpack.unpackb(data, raw=False, max_ext_len=0)
+            if msgpack.packb(value, use_bin_type=True) != data:
+                raise CodecError("not in canonical form")
+            return value
         walk = msgpack.Unpacker(max_buffer_size=max(len(data), 1))
         walk.feed(data)
         walk.skip()
@@ -101,31 +106,40 @@ def unpack_task_ref(value: object) -> TaskRef:
     return TaskRef(source, source_digest, seed, index)
 
 
-def _check_num_values(data: bytes, max_values: int) -> None:
+def _scan(data: bytes, max_values: int) -> bool:
     """Raise CodecError where `data` begins with more than `max_values` values, after looking at no more than those.
 
-    Bytes that are no MessagePack are not this function's to refuse: it reads as far as they make sense.
+    Returns whether `data` is exactly one value made of nil, booleans, integers, strings, binaries and at most
+    `MAX_DEPTH` arrays: such a value is canonical if it is what its own encoding says, without a closer look. Bytes
+    that are no MessagePack are not this function's to refuse: it reads as far as they make sense.
     """
-    position, num_due = 0, 1  # values that the containers so far promise
+    position, num_due, num_arrays, is_plain, size = 0, 1, 0, True, len(data)  # num_due: promised by arrays so far
     for num_seen in range(1, max_values + 2):
-        if num_due == 0 or position >= len(data):
-            return
+        if num_due == 0 or position >= size:
+            return is_plain and num_due == 0 and position == size and num_arrays <= MAX_DEPTH
         if num_seen > max_values:
             raise CodecError(f"a record of more than {max_values} values")
         tag = data[position]
         if tag < 0x80 or tag >= 0xE0:  # an integer in the tag
-            skip, num_inside = 1, 0
+            position += 1
+            num_due -= 1
         elif tag < 0xA0:  # a map or an array whose length is in the tag
-            skip, num_inside = 1, (tag & 15) * (2 if tag < 0x90 else 1)
+            is_map = tag < 0x90
+            position += 1
+            num_due += (tag & 15) * (2 if is_map else 1) - 1
+            num_arrays += 1
+            is_plain = is_plain and not is_map
         elif tag < 0xC0:  # a string whose length is in the tag
-            skip, num_inside = 1 + (tag & 31), 0
+            position += 1 + (tag & 31)
+            num_due -= 1
         else:
             num_length_bytes, num_fixed_bytes, bytes_per_unit, values_per_unit = _LAYOUT[tag - 0xC0]
             length = int.from_bytes(data[position + 1 : position + 1 + num_length_bytes], "big")
-            skip = 1 + num_length_bytes + num_fixed_bytes + length * bytes_per_unit
-            num_inside = length * values_per_unit
-        position += skip
-        num_due += num_inside - 1
+            position += 1 + num_length_bytes + num_fixed_bytes + length * bytes_per_unit
+            num_due += length * values_per_unit - 1
+            num_arrays += values_per_unit == 1
+            is_plain = is_plain and tag not in _NOT_PLAIN
+    return False
 
 
 def _canonical(value: object, depth: int) -> object:

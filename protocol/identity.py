@@ -11,6 +11,7 @@ import contextlib
 import os
 import secrets
 import stat
+from functools import lru_cache
 from pathlib import Path
 
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
@@ -106,11 +107,13 @@ def verify(public_key: bytes, domain: bytes, message: bytes, signature: bytes) -
     return True
 
 
+@lru_cache(maxsize=4096)
 def node_id_of(public_key: bytes) -> str:
     """Return the node id of a public key."""
     return base64.b32encode(public_key).decode().rstrip("=").lower()
 
 
+@lru_cache(maxsize=4096)
 def public_key_of(node_id: str) -> bytes:
     """Return the public key of a node id. Raises IdentityError for a string that is not one."""
     try:

@@ -152,6 +152,44 @@ def test_values_are_counted_as_they_stand(value):
         decode(data, max_values=num_values - 1)
 
 
+@given(VALUES | st.lists(st.integers(-(2**63), 2**64 - 1) | st.text() | st.binary() | st.booleans()), st.data())
+def test_counting_values_changes_nothing_that_is_decoded(value, data):
+    changed = bytearray(encode(value))
+    position = data.draw(st.integers(0, len(changed) - 1))
+    changed[position] = data.draw(st.integers(0, 255))
+    for encoded in (encode(value), bytes(changed), bytes(changed[:position])):
+        try:
+            expected = decode(encoded)
+        except CodecError:
+            with pytest.raises(CodecError):
+                decode(encoded, max_values=1000)
+        else:
+            assert repr(decode(encoded, max_values=1000)) == repr(expected)
+
+
+@pytest.mark.parametrize("max_values", [None, 1000])
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\x91\xcb\x7f\xf8\x00\x00\x00\x00\x00\x00",
+        b"\x91\xc7\x00\x05",
+        b"\x91\xd6\xff\x00\x00\x00\x00",
+        b"\x91\xcc\x01",
+        b"\x91\xd9\x01a",
+        b"\x91\xa1\xff",
+        b"\x91\xdc\x00\x01\x01",
+        b"\x91\x82\xa1b\x01\xa1a\x02",
+        b"\x91" * (MAX_DEPTH + 1) + b"\x01",
+        b"\x91\x01\x01",
+        b"\x92\x01",
+        b"\x91\xc4\x05abc",
+    ],
+)
+def test_what_is_not_canonical_is_refused_counted_or_not(data, max_values):
+    with pytest.raises(CodecError):
+        decode(data, max_values=max_values)
+
+
 def test_a_million_small_values_cost_no_memory():
     data = b"\xdd\x00\x10\x00\x00" + b"\x90" * 2**20
     tracemalloc.start()
