@@ -38,10 +38,24 @@ _row: ContextVar["_Row"] = ContextVar("packed_row")
 
 @dataclass(slots=True)
 class _Row:
-    """A packed row, and how its work is cut for the kernels, once an attention layer has asked."""
+    """A packed row, and what all its attention layers need, made when the first of them asks."""
 
     packed: PackedRow
     plans: dict[tuple[int, int], Plan] = field(default_factory=dict)  # by numbers of heads
+    parent_index: Tensor | None = None
+    biases: dict[torch.dtype, Tensor] = field(default_factory=dict)
+
+    def parents(self, device: torch.device) -> Tensor:
+        """Return the trunk of each branch, [num_branches]. Bringing it to a GPU waits for all that runs there."""
+        if self.parent_index is None:
+            self.parent_index = torch.tensor(self.packed.parents, device=device)
+        return self.parent_index
+
+    def bias(self, mask: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the branches' mask as what is added to their scores."""
+        if dtype not in self.biases:
+            self.biases[dtype] = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf)
+        return self.biases[dtype]
 
     def plan(self, num_heads: int, num_kv_heads: int) -> Plan:
         """Return the plan for a layer with so many heads."""
@@ -113,11 +127,12 @@ def _packed_attention(
     out = _to_tokens(_attend(trunk[0], trunk[1], trunk[2], None, scaling, dropout), row.trunks)
     if row.branch_mask is not None:
         branch = [_to_rectangle(x[num_trunk_tokens:], row.branches) for x in states]
+        parents = _row.get().parents(query.device)
         keys, values = (
-            torch.cat((_Repeat.apply(shared, row.parents), own), dim=1)  # type: ignore[no-untyped-call]
+            torch.cat((_Repeat.apply(shared, row.parents, parents), own), dim=1)  # type: ignore[no-untyped-call]
             for shared, own in zip(trunk[1:], branch[1:], strict=True)
         )
-        bias = torch.zeros_like(row.branch_mask, dtype=query.dtype).masked_fill_(~row.branch_mask, -torch.inf)
+        bias = _row.get().bias(row.branch_mask, query.dtype)
         branch_out = _attend(branch[0], keys, values, bias, scaling, dropout)
         out = torch.cat((out, _to_tokens(branch_out, row.branches)))
     return out[None], None
@@ -198,20 +213,20 @@ class _Repeat(torch.autograd.Function):
     """Give each branch its trunk's keys. The backward pass sums siblings at once, in fp32 inside the kernel."""
 
     @staticmethod
-    def forward(ctx: _Context, trunks: Tensor, parents: tuple[int, ...]) -> Tensor:
+    def forward(ctx: _Context, trunks: Tensor, parents: tuple[int, ...], index: Tensor) -> Tensor:
         ctx.num_trunks = trunks.shape[0]
         ctx.counts = [(parent, sum(1 for _ in run)) for parent, run in groupby(parents)]
-        return trunks.index_select(0, torch.tensor(parents, device=trunks.device))
+        return trunks.index_select(0, index)
 
     @staticmethod
-    def backward(ctx: _Context, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: _Context, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
         (grad,) = grad_outputs
         counts = ctx.counts
         if len(counts) == ctx.num_trunks and len({count for _, count in counts}) == 1:
-            return grad.view(ctx.num_trunks, -1, *grad.shape[1:]).sum(dim=1), None
+            return grad.view(ctx.num_trunks, -1, *grad.shape[1:]).sum(dim=1), None, None
         total = grad.new_zeros((ctx.num_trunks, *grad.shape[1:]))
         start = 0
         for parent, count in counts:
             torch.sum(grad[start : start + count], dim=0, out=total[parent])
             start += count
-        return total, None
+        return total, None, None
