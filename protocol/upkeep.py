@@ -37,11 +37,12 @@ from protocol.wire import decode_node_record
 
 __all__ = ["Upkeep"]
 
-PLACE_AGAIN_S = 1800.0  # how often a node looks whether its place in the DHT is still right: dear, and seldom news
+FIRST_PLACE_AGAIN_S = 25.0  # nodes that start together find the same room, and look again at times of their own
+PLACE_AGAIN_S = 3600.0  # how often a node looks whether its place in the DHT is still right: dear, and seldom news
 FORGET_S = 10.0
 MANY_NODES = 64  # known, beyond which there is no hurry to know more: a small swarm is known whole
 _ASK_S = (5.0, 300.0)  # how often a neighbour is asked for records: while few nodes are known, and at most
-_READ_S = (15.0, 1800.0)  # the same, for reading a shard: it costs as much as a whole round of groups
+_READ_S = (15.0, 3600.0)  # the same, for reading a shard: it costs as much as a whole round of groups
 
 
 class Upkeep:
@@ -73,15 +74,15 @@ class Upkeep:
     async def _renew_loop(self) -> None:
         """Keep the own record in the DHT. Waits for its turn; ends with the member."""
         local = self._local
-        place_at_s, turn = 0.0, 0
+        place_at_s, place_pause_s, turn = 0.0, FIRST_PLACE_AGAIN_S * local.rng.uniform(0.5, 1.5), 0
         while True:
             try:
                 salts: Sequence[int] = [turn % NUM_SALTS]
                 turn += 1
                 if local.clock() >= place_at_s:
                     await self._shards.place(self._found)
-                    # Nodes that start together find the same room; they look again at times of their own.
-                    place_at_s = local.clock() + PLACE_AGAIN_S * local.rng.uniform(0, 2)
+                    place_at_s = local.clock() + place_pause_s
+                    place_pause_s = PLACE_AGAIN_S * local.rng.uniform(0, 2)
                     salts = range(NUM_SALTS)
                 self.num_holders = await self._shards.publish(self._own_record.renew(), salts)
                 self._neighbours.wake()

@@ -3,11 +3,12 @@
 import asyncio
 import contextlib
 import random
+import time
 from collections import Counter
 from collections.abc import Coroutine, Sequence
 from typing import Any
 
-from _swarm import Swarm, identity_of, write_group
+from _swarm import Node, Swarm, identity_of, write_group
 
 from protocol.about import NodeAbout
 from protocol.digests import leaf_of
@@ -200,22 +201,19 @@ def test_wrong_bytes_cost_the_holder_and_never_the_author():
         attacker = await attack(swarm)
         await asyncio.sleep(3)
         assert await attacker.link(victim.id)
-        frames = [encode_frame(group) for group in short_groups(swarm.rng, 8)]
-        made = sign_announcement(
-            author.member.local.identity,
-            "main",
-            sequence=1,
-            created_at_ms=int(swarm.network.clock() * 1000),
-            frames=frames,
-        )
-        leaves = [leaf_of(frame) for frame in frames]
-        author.member.store.add_own(made.root, leaves, frames, swarm.network.clock() + 600)
-        attacker.batches[made.root] = [frame[:-1] + bytes([frame[-1] ^ 1]) for frame in frames]
-        await attacker.announce(victim.id, [made.encoded])
-        await asyncio.sleep(5)
+        for sequence in range(6):  # both hold it, and either may be asked
+            frames = [encode_frame(group) for group in short_groups(swarm.rng, 8)]
+            now_s = swarm.network.clock()
+            made = sign_announcement(
+                author.member.local.identity, "main", sequence=sequence, created_at_ms=int(now_s * 1000), frames=frames
+            )
+            author.member.store.add_own(made.root, [leaf_of(frame) for frame in frames], frames, now_s + 600)
+            attacker.batches[made.root] = [frame[:-1] + bytes([frame[-1] ^ 1]) for frame in frames]
+            await attacker.announce(victim.id, [made.encoded])
+            await asyncio.sleep(2)
         now_s = swarm.network.clock()
-        assert victim.status()["groups_admitted"] == 8
-        assert victim.status()["refusals"] == {"wrong_digest": 1}
+        assert victim.status()["groups_admitted"] == 48
+        assert victim.status()["refusals"]["wrong_digest"] == victim.status()["num_rejected"] > 0
         assert victim.member.local.reputation.score(attacker.identity.node_id, now_s) < 0
         assert victim.member.local.reputation.score(author.id, now_s) > 0
         await swarm.close()
@@ -284,6 +282,24 @@ def test_a_slow_holder_delays_nobody():
     simulate(main())
 
 
+def measure_answers(nodes: Sequence[Node], askers: set[str]) -> list[float]:
+    """Collect the CPU seconds of every request that one of `askers` has answered from now on."""
+    spent_s: list[float] = []
+    for node in nodes:
+        dispatcher = node.transport._dispatcher
+
+        async def timed(asker: str, name: str, payload: bytes, real: Any = dispatcher.answer) -> bytes:
+            start_s = time.process_time()
+            try:
+                return await real(asker, name, payload)
+            finally:
+                if asker in askers:
+                    spent_s.append(time.process_time() - start_s)
+
+        dispatcher.answer = timed  # type: ignore[method-assign]
+    return spent_s
+
+
 def test_two_hundred_throwaway_identities_get_a_quarter_of_any_batch():
     async def main() -> None:
         swarm = Swarm()
@@ -310,6 +326,8 @@ def test_two_hundred_throwaway_identities_get_a_quarter_of_any_batch():
                 except RequestRefused:
                     continue
         drawn.clear()
+        spent_s = measure_answers(honest, names)
+        pulled, start_s = sum(node.status()["frames_pulled"] for node in honest), asyncio.get_running_loop().time()
         for _ in range(30):
             for sybil, victim in linked:
                 # Useful groups: the worst case, since nothing but who says it tells them from honest ones.
@@ -323,6 +341,10 @@ def test_two_hundred_throwaway_identities_get_a_quarter_of_any_batch():
         sizes = [len(batch) for batch in drawn]
         assert max(sum(group.author in names for group in batch) for batch in drawn) <= 2  # of 8
         assert sum(sizes) >= 0.9 * 8 * len(drawn)
+        # What a node pays: seconds of CPU for what the sybils ask, and groups that it re-scores.
+        seconds = asyncio.get_running_loop().time() - start_s
+        assert sum(spent_s) / len(honest) < 0.1 * seconds
+        assert sum(node.status()["frames_pulled"] for node in honest) - pulled <= 1.1 * sum(sizes) + 10 * len(honest)
         await swarm.close()
 
     simulate(main())
