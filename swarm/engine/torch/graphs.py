@@ -49,6 +49,7 @@ class DecodeStep:
         self._drawn = torch.zeros(num_slots, 2, dtype=torch.int32, device=device)  # tokens, bits of log-probabilities
         self._graphs: dict[_Shape, torch.cuda.CUDAGraph | None] = {}  # None: has run once
         self._pool = torch.cuda.graph_pool_handle() if self._records else None
+        self._stream = torch.cuda.Stream(device) if self._records else None  # to record on
 
     @property
     def num_graphs(self) -> int:
@@ -86,10 +87,12 @@ class DecodeStep:
     def _record(self, shape: _Shape) -> torch.cuda.CUDAGraph | None:
         """Record a step of this shape, without running it; None where that is impossible, which is said once."""
         graph = torch.cuda.CUDAGraph()
-        random = torch.cuda.default_generators[torch.cuda.current_device()]
+        device = self._ints.device
+        random = torch.cuda.default_generators[device.index]
         state = random.clone_state()
+        recording = torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local")
         try:
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            with torch.cuda.device(device), recording:
                 self._step(*shape)
         except RuntimeError as error:
             random.graphsafe_set_state(state)  # the one it had goes on waiting for the recording to end
