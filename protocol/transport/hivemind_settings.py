@@ -19,7 +19,9 @@ _PORT_TIMEOUT_S = 3.0  # a node that was killed a moment ago may still be lettin
 class HivemindSettings:
     """Passed through to p2pd."""
 
-    listen: tuple[str, ...] = ("/ip4/0.0.0.0/tcp/0", "/ip4/0.0.0.0/udp/0/quic-v1")  # port 0: any free one
+    # Port 0: any free one. QUIC (/udp/0/quic-v1) can be listened on, but is not by default: p2pd 1.1.12 does not give
+    # finished streams back to a QUIC connection, so that requests over it hang after about 300.
+    listen: tuple[str, ...] = ("/ip4/0.0.0.0/tcp/0",)
     announce: tuple[str, ...] = ()  # what others are told instead of what p2pd sees: behind a forwarded port
     relay: bool = True  # whether peers are reached through relays
     auto_relay: bool = False  # whether to become reachable through a relay where no peer can connect from outside
