@@ -110,7 +110,8 @@ def run_demo(num_nodes: int, rounds: int, run_dir: Path | None, out: TextIO) -> 
         raise DemoFailed(f"{folder} is not empty: name another folder with --run-dir")
     console = Console(file=out)
     processes: list[_Process] = []
-    before = signal.signal(signal.SIGTERM, _interrupt)
+    # SIGINT as well: a shell starts what it puts in the background with Ctrl-C switched off.
+    before = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     began_s = time.monotonic()
     try:
         console.print("starting a bootstrap; loading takes some seconds", highlight=False)
@@ -130,7 +131,8 @@ def run_demo(num_nodes: int, rounds: int, run_dir: Path | None, out: TextIO) -> 
         return 130
     finally:
         _end_all(processes)
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     _conclude(nodes, folder, time.monotonic() - began_s, console)
     return 0
 
@@ -173,7 +175,7 @@ def _follow(processes: Sequence[_Process], nodes: Sequence[_Process], rounds: in
     """Show the nodes until all are done."""
     asked_s = said_s = time.monotonic()
     shows_table = console.is_terminal and not console.is_dumb_terminal
-    with Live(_table(nodes, rounds), console=console, auto_refresh=False, transient=False) as live:
+    with Live(_table(nodes, rounds), console=console, auto_refresh=False, transient=True) as live:
         while any(node.status_code is None for node in nodes):
             _refuse_ended(processes)
             now_s = time.monotonic()
@@ -188,8 +190,9 @@ def _follow(processes: Sequence[_Process], nodes: Sequence[_Process], rounds: in
                 said_s = now_s
                 console.print("   ".join(map(_line, nodes)), highlight=False, soft_wrap=True)
             time.sleep(_POLL_S)
-        _refuse_ended(processes)
-        live.update(_table(nodes, rounds), refresh=True)
+        live.update("")
+    _refuse_ended(processes)
+    console.print(_table(nodes, rounds))
 
 
 def _line(node: _Process) -> str:

@@ -165,10 +165,11 @@ class PlainDisplay(Display):
 
 
 def _round_line(row: Mapping[str, Any], progress: Progress) -> str:
-    heldout = f"  held-out pass@1 {row['pass_at_1_heldout']:.3f}" if "pass_at_1_heldout" in row else ""
+    shown = f"  held-out pass@1 {row['pass_at_1_heldout']:.3f}" if "pass_at_1_heldout" in row else ""
+    shown += from_others(row)
     return (
         f"round {row['round']}/{progress.rounds}  reward {row['reward_mean']:.3f} "
-        f"(average {row['reward_moving_average']:.3f}){heldout}{from_others(row)}  {row['tokens_per_s']:,.0f} tokens/s  "
+        f"(average {row['reward_moving_average']:.3f}){shown}  {row['tokens_per_s']:,.0f} tokens/s  "
         f"rollout {row['rollout_s']:.3f} s  scoring {row['scoring_s']:.3f} s  update {row['update_s']:.3f} s  "
         f"memory {row['peak_rss_bytes'] / 2**20:,.0f} MiB  eta {duration(progress.eta_s(row['round']))}"
     )
