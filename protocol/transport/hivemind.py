@@ -1,4 +1,4 @@
-"""hivemind's libp2p daemon and DHT in the node's own event loop: TCP and QUIC, relays, NAT traversal.
+"""hivemind's libp2p daemon and DHT in the node's own event loop: TCP, QUIC where asked for, relays, NAT traversal.
 
 Parts: `hivemind_settings` (what a user sets, ports), `hivemind_daemon` (p2pd), `hivemind_dht` and
 `hivemind_records` (the DHT, and what it stores and believes), `streams` (the framing of requests).

@@ -1,6 +1,7 @@
 """p2pd as a process: killed, hung, orphaned, started where its port is taken; clocks that are wrong."""
 
 import asyncio
+import contextlib
 import os
 import signal
 import socket
@@ -14,7 +15,7 @@ import psutil
 import pytest
 
 from protocol.identity import Identity
-from protocol.transport.base import PeerUnreachable, RequestTimedOut, TransportDown, TransportError
+from protocol.transport.base import PeerUnreachable, RequestRefused, RequestTimedOut, TransportDown, TransportError
 from protocol.transport.hivemind import HivemindSettings, HivemindTransport
 from protocol.transport.peer_id import node_id_of_peer, peer_id_of
 
@@ -241,6 +242,40 @@ def test_requests_under_way_fail_when_the_daemon_is_killed(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     asyncio.run(main())
+
+
+def test_many_requests_over_one_connection_leave_nothing_behind(tmp_path):
+    """More than the streams that libp2p lets one connection have, answered and refused."""
+
+    async def main():
+        a, b = transport(tmp_path / "a"), transport(tmp_path / "b")
+
+        async def even(asker, request):
+            if request[0] % 2:
+                raise RequestRefused("odd")
+            return request
+
+        b.handle("even", even, max_request_bytes=10)
+        await a.start()
+        await b.start()
+        await a.connect(b.addresses[0], timeout_s=10)
+        processes = [psutil.Process(), *(psutil.Process(node._session.daemon._child.pid) for node in (a, b))]
+        before = [process.num_fds() for process in processes]
+        for number in range(1000):
+            with contextlib.suppress(RequestRefused):
+                await a.request(b.node_id, "even", bytes([number % 256]), max_response_bytes=1, timeout_s=10)
+        async with asyncio.timeout(10):
+            while b._answering:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        after = [process.num_fds() for process in processes]
+        await a.close()
+        await b.close()
+        return before, after
+
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    before, after = asyncio.run(main())
+    assert all(late <= early + 10 for early, late in zip(before, after, strict=True)), (before, after)
 
 
 def test_it_runs_on_the_callers_loop_and_on_uvloop(tmp_path):
