@@ -12,6 +12,6 @@ class NodeAbout:
 
     role: Literal["trainer", "bootstrap"]
     software: str  # e.g. "swarm-node/0.2.0"
-    model: str  # label of the policy; "" for a bootstrap
+    model: str  # label of the policy; "none" for a bootstrap
     tasks: tuple[str, ...]  # sources that it trains on; those that do not fit are left out
     rollouts_per_minute: int = 0  # completions that it published in the last minutes

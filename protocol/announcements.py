@@ -16,6 +16,7 @@ from protocol.refusals import Reason
 
 __all__ = ["MAX_HOLDERS", "Announcements", "LiveBatch"]
 
+MAX_FAILURES = 12  # pulls of one batch that may bring nothing, before offers of it count no more
 MAX_HOLDERS = 8  # of one batch that are remembered, beside its author
 _MAX_AUTHORS_FACTOR = 4  # authors whose sequence numbers are remembered, for every live batch that may be
 
@@ -29,6 +30,7 @@ class LiveBatch:
     heard_at_s: float  # unix seconds, by this node's clock
     taken: int = 0  # bit mask: frames that are not to be pulled (any more)
     holders: dict[str, int] = field(default_factory=dict)  # node id -> bit mask of frames
+    given_up: int = 0  # bit mask: of those taken, frames that nobody gave; whoever offers them is asked once more
     num_failures: int = 0  # pulls that brought nothing, over all holders
     relayed: bool = False  # announced to neighbours by this node
 
@@ -99,6 +101,10 @@ class Announcements:
         """Authors whose sequence numbers are remembered."""
         return len(self._authors)
 
+    def roots_not_wanted(self) -> list[bytes]:
+        """The batches of which nobody needs to tell: all but those of which frames were given up."""
+        return [root for root, batch in self._batches.items() if not batch.given_up]
+
     def newest_open(self) -> Iterator[LiveBatch]:
         """Batches with frames worth pulling, those heard last first. Not to be changed meanwhile."""
         return reversed(self._open.values())
@@ -133,6 +139,10 @@ class Announcements:
             batch.holders[holder] |= frames
         elif frames and len(batch.holders) < MAX_HOLDERS:
             batch.holders[holder] = frames
+        again = frames & batch.given_up
+        if again and batch.num_failures < MAX_FAILURES:
+            batch.given_up &= ~again
+            self.give_back(batch, again)
 
     def take(self, batch: LiveBatch, frames: int) -> None:
         """Mark frames as not to be pulled."""

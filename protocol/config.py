@@ -67,7 +67,7 @@ class SwarmConfig(BaseModel):
     max_rescore_queue: int = Field(256, ge=1, description="pulled groups that wait for re-scoring")
     num_rescore_workers: int = Field(1, ge=1, le=16, description="groups that are re-scored at one time")
     max_rescore_share: float = Field(
-        0.25, gt=0, le=1, description="of the time of re-scoring that one author may take while others wait"
+        0.25, gt=0, le=1, description="of the places in that queue that one author may hold"
     )
     max_announcements_per_s: float = Field(
         4, gt=0, description="new announcements taken from one neighbour, on average"

@@ -304,7 +304,7 @@ class Gossip:
         node_id = fresh[0] if fresh else local.rng.choice(list(self._neighbours.ids))
         self._fresh_links = fresh[1:]
         num_offers = min(local.config.max_offers, max(MIN_OFFERS, num_unknown))
-        request = repair_request(local.rng.randbytes(SALT_BYTES), self._announcements.roots(), num_offers)
+        request = repair_request(local.rng.randbytes(SALT_BYTES), self._announcements.roots_not_wanted(), num_offers)
         local.counters.repairs_asked += 1
         try:
             data = await local.transport.request(

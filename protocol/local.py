@@ -30,13 +30,14 @@ class Local:
     tasks: Tasks = field(default_factory=Tasks)
     refusals: RefusalCounter = field(default_factory=RefusalCounter)
     counters: Counters = field(default_factory=Counters)
-    on_ban: Callable[[str], None] = lambda peer: None  # set by `neighbours`
+    on_ban: list[Callable[[str], None]] = field(default_factory=list)  # who wants to know that a peer is banned
 
     def refuse(self, reason: Reason, blame: str | None = None) -> None:
         """Count one refusal, and hold it against whoever is to blame, if the reason is one that is penalised."""
         self.refusals.count(reason)
         if blame is not None and blame != self.node_id and self.reputation.refused(blame, reason, self.clock()):
-            self.on_ban(blame)
+            for tell in self.on_ban:
+                tell(blame)
 
     def refuse_request(self, reason: Reason, detail: str = "", blame: str | None = None) -> RequestRefused:
         """Count a request that is refused, and return what tells the asker so."""

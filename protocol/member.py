@@ -102,6 +102,7 @@ class Member:
             max_batches_per_author=config.max_batches_per_author,
             freshness_s=config.freshness_s,
         )
+        local.on_ban.append(self.announcements.forget_author)
         self.store = FrameStore(config.max_store_bytes)
         self.pool = Pool(
             max_groups=max(MIN_POOL_GROUPS, 2 * config.reserve_groups),

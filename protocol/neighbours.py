@@ -4,6 +4,8 @@
                there is room
     keep       chosen neighbours are pinged after a silence, lost and banned ones are dropped, missing ones are
                replaced from the directory, and one is exchanged now and then
+    return     lost neighbours are tried again for a while, whether they are missing or not: that is what mends a
+               partition of the network, on both sides of which everybody has found enough neighbours
     join       while there is no neighbour at all: every given and remembered address, again and again
 
 Whom to try is `directory`'s to say. What neighbours are told is `gossip`'s.
@@ -34,6 +36,9 @@ MAX_BACKOFF_S = 30.0
 MAX_FAILURES = 2  # requests in a row without an answer, after which a neighbour is lost
 FULL_RETRY_S = 120.0  # until a node that had no place is asked again
 GREET_AGAIN_S = 600.0  # so that neighbours have a fresh record to tell of
+MAX_LOST = 8  # neighbours that are tried again, those lost last
+LOST_RETRY_S = 10.0
+LOST_FOR_S = 900.0
 _NUM_DIALS = 3  # at one time
 
 
@@ -66,12 +71,14 @@ class Neighbours:
         self._hellos = Quota(local.config.max_hellos_per_s, local.config.max_hellos_per_s * 20, local.clock())
         self._hellos_by_peer = Quotas(0.2, 5, 1024)
         self._dialling: set[str] = set()
+        self._lost: dict[str, tuple[NodeRecord, float]] = {}  # node id -> (its record, when it was lost)
+        self._retry_lost_at_s = 0.0
         self._greeted: set[str] = set()  # peers whose answer to a hello is under way
         self._wake = asyncio.Event()
         self._backoff_s, self._next_join_s, self._rotate_at_s = TICK_S, 0.0, 0.0
         self.given: dict[str, str] = {}  # address that a person typed -> what came of it last
         self.on_link: list[Callable[[Neighbour], None]] = []
-        local.on_ban = self._ban
+        local.on_ban.append(self._ban)
         local.transport.handle("hello", self._handle_hello, max_request_bytes=MAX_HELLO_BYTES)
 
     def start(self) -> None:
@@ -110,8 +117,13 @@ class Neighbours:
             return
         link.num_failures += 1
         if link.num_failures >= MAX_FAILURES:
-            self._directory.failed(node_id, self._local.clock())
+            now_s = self._local.clock()
+            self._directory.failed(node_id, now_s)
             self.drop(node_id)
+            self._lost.pop(node_id, None)
+            self._lost[node_id] = (link.record, now_s)
+            if len(self._lost) > MAX_LOST:
+                del self._lost[next(iter(self._lost))]
 
     def drop(self, node_id: str) -> None:
         """End a link; the peer may be asked, and may ask, as any stranger."""
@@ -131,6 +143,7 @@ class Neighbours:
             self._drop_silent(now_s)
             if not self._links and now_s >= self._next_join_s:
                 await self._join()
+            self._retry_lost(now_s)
             missing = config.num_outbound - len(self.outbound())
             if now_s >= self._rotate_at_s or self._is_lopsided():
                 self._rotate(now_s)
@@ -167,6 +180,18 @@ class Neighbours:
         else:
             self._next_join_s = local.clock() + self._backoff_s * local.rng.uniform(0.8, 1.2)
             self._backoff_s = min(2 * self._backoff_s, MAX_BACKOFF_S)
+
+    def _retry_lost(self, now_s: float) -> None:
+        """Try one of the lost neighbours, now and then."""
+        for node_id, (_, lost_at_s) in list(self._lost.items()):
+            gone = now_s - lost_at_s > LOST_FOR_S or self._local.reputation.is_banned(node_id, now_s)
+            if gone or node_id in self._links:
+                del self._lost[node_id]
+        if self._lost and now_s >= self._retry_lost_at_s:
+            self._retry_lost_at_s = now_s + LOST_RETRY_S * self._local.rng.uniform(0.8, 1.2)
+            node_id = self._local.rng.choice(list(self._lost))
+            self._directory.add(self._lost[node_id][0], node_id, now_s)  # it may have been forgotten
+            self._local.tasks.spawn(self._dial(node_id, node_id), "retry")
 
     async def _dial_some(self, num: int) -> None:
         """Connect to a few nodes of the directory, side by side."""

@@ -299,6 +299,7 @@ class Pulling:
         batch.num_failures += 1
         if batch.num_failures >= MAX_FAILURES or len(self._retries) >= self._local.config.max_live_batches:
             self._local.counters.frames_failed += len(wanted)
+            batch.given_up |= _mask(wanted)
         else:
             self._retries.append((self._local.clock() + RETRY_S, batch, _mask(wanted)))
 

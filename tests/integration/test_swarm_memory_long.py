@@ -89,7 +89,7 @@ async def sizes_over_time(num_nodes: int, hours: float, round_s: float) -> list[
         sizes.append(tracemalloc.get_traced_memory()[0])
         assert max(len(node.member.local.tasks) for node in swarm.nodes) < 40
     tracemalloc.stop()
-    assert counts["sampled"] >= 0.99 * counts["wanted"]
+    assert counts["sampled"] >= 0.98 * counts["wanted"]  # but for the first round
     for task in tasks:
         task.cancel()
     await swarm.close()

@@ -79,6 +79,20 @@ def test_frames_are_worth_pulling_once():
     assert list(known.newest_open()) == []
 
 
+def test_frames_that_nobody_gave_are_tried_again_when_someone_offers_them():
+    known = make()
+    batch = known.add(announce("a", 1), "teller", 1000.0)
+    known.add(announce("a", 2), "teller", 1000.0)
+    known.take(batch, batch.all_frames)
+    batch.given_up, batch.num_failures = 0b0110, 3
+    assert known.roots_not_wanted() == [announce("a", 2).root]
+    known.hold(batch, "holder", 0b0011)
+    assert (batch.open, batch.given_up) == (0b0010, 0b0100)
+    batch.num_failures = 12
+    known.hold(batch, "liar", 0b0100)
+    assert batch.open == 0b0010
+
+
 def test_a_flood_from_one_source_crowds_out_itself():
     known = make(max_batches=64)
     for number in range(16):
