@@ -2,7 +2,7 @@
 
 The processes are what a person would start by hand, with `--json`, so that their rounds can be read. Each is in a
 session of its own: Ctrl-C reaches this process alone, which ends the others. Should this process be killed, the
-others find their pipe broken and end by themselves.
+kernel asks the others to stop (Linux), or they find their pipe broken at the end of their round.
 """
 
 import json
@@ -35,6 +35,13 @@ _LISTEN: Final = "/ip4/127.0.0.1/tcp/0"
 _START_WITHIN_S: Final = 120.0
 _END_WITHIN_S: Final = 15.0
 _POLL_S: Final = 0.25
+_PROGRAM: Final = """
+import ctypes, signal, sys
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+from node.cli import main
+main()
+"""
 _STATUS_INTERVAL_S: Final = 2.0
 _LINE_INTERVAL_S: Final = 10.0
 _CHART_WIDTH: Final = 32
@@ -53,7 +60,7 @@ class _Process:
         self.status: dict[str, Any] | None = None
         with self.log.open("w") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "node", *arguments, "--run-dir", str(self.run_dir), "--json"],
+                [sys.executable, "-P", "-c", _PROGRAM, *arguments, "--run-dir", str(self.run_dir), "--json"],
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
