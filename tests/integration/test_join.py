@@ -71,7 +71,7 @@ def with_peer(workplace, run_dir, node_id):
     return found is not None and node_id in {peer["node_id"] for peer in found["swarm"]["peers"]}
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_two_nodes_train_on_each_others_groups_one_is_killed_and_comes_back(workplace, nodes, stopped_by):
     first = nodes(*join(workplace, "a", 100_000, "--seed", "1"))
     peers = address(workplace, first, "a")
@@ -147,7 +147,7 @@ def free_port():
         return probe.getsockname()[1]
 
 
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(300)
 def test_all_bootstraps_dead_at_the_start_is_one_line_and_then_it_joins_without_a_restart(workplace, nodes, stopped_by):
     identity = Identity.create(workplace.path / "boot" / "identity")
     listen = f"/ip4/127.0.0.1/tcp/{free_port()}"
