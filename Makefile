@@ -23,7 +23,7 @@ help: ## list the targets
 
 setup: $(stamp) ## make .venv and install the tested set of packages
 
-$(stamp): pyproject.toml .ci/constraints.txt $(wildcard swarm/engine/torch/native/*.[ch])
+$(stamp): pyproject.toml .ci/constraints.txt $(wildcard swarm/native/*.[ch])
 	@python=$$(.ci/find-python "$(PYTHON)"); \
 	if [ -z "$(TORCH_INDEX)" ] && [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null && ! command -v rocminfo >/dev/null; then \
 	    echo "no GPU found: 'make setup TORCH_INDEX=<the CPU index that pytorch.org names>' makes the download smaller"; \

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from swarm import native_training
+from swarm.native import training as native_training
 
 __all__ = ["fuse", "gated_silu", "rms_norm"]
 

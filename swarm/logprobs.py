@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from swarm import native_training
+from swarm.native import training as native_training
 
 __all__ = ["LogitsHead", "logits_head", "target_logprobs"]
 

@@ -8,7 +8,7 @@ keys are those of the trunk followed by the branch's own. No mask over all pairs
 attention sinks, layers that are not attention, and models that do not call attention through transformers'
 interface are left to the padded layout.
 
-On a CPU the compiled kernels do all of it at once (`native_attention`), where they are there.
+On a CPU the compiled kernels do all of it at once (`native.attention`), where they are there.
 """
 
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface
 
 from swarm.cpu_attention import block_attention
-from swarm.native_attention import Plan, native_attention, supports_native_attention
+from swarm.native.attention import Plan, native_attention, supports_native_attention
 from swarm.packing import PackedRow, Span
 
 __all__ = ["supports_packed_attention", "use_packed_attention"]

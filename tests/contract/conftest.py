@@ -20,7 +20,7 @@ from swarm.engine.torch import TorchEngine
 from swarm.engine.torch.generic import GenericRunner
 from swarm.engine.torch.graphs import DecodeStep
 from swarm.engine.torch.llama import LlamaRunner
-from swarm.engine.torch.native.runner import NativeRunner
+from swarm.engine.torch.native import NativeRunner
 from swarm.engine.torch.runner import ModelRunner
 
 _SIZES: dict[str, Any] = {

@@ -19,7 +19,7 @@ from swarm.engine.base import Engine, EngineStats, Request
 from swarm.engine.torch.generic import GenericRunner
 from swarm.engine.torch.graphs import DecodeStep
 from swarm.engine.torch.llama import LlamaRunner
-from swarm.engine.torch.native.runner import NativeRunner
+from swarm.engine.torch.native import NativeRunner
 from swarm.engine.torch.runner import ModelRunner
 from swarm.engine.torch.sampling import Mode, sample
 from swarm.engine.torch.slots import Running, Slots

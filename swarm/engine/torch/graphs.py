@@ -28,7 +28,7 @@ _LEAST_ROWS = 32  # of more than one: fewer cost a GPU as much
 
 
 def bucket(number: int, limit: int, least: int = 1) -> int:
-    """Round up to a power of two, or to one and a half times one, from `least` on, but to no more than `limit`."""
+    """Round up to `least` times a power of two, or from there on to one and a half times, but not beyond `limit`."""
     size = least
     while size < number:
         half = size + size // 2

@@ -16,8 +16,8 @@ from typing import Literal
 import numpy as np
 import torch
 
-from swarm.engine.torch.native import kernels
 from swarm.engine.torch.noise import gumbel
+from swarm.native import kernels
 
 __all__ = ["Mode", "block_size", "sample"]
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from swarm.engine.torch.native import INSTRUCTION_SETS, kernels
-from swarm.native_attention import Plan, native_attention
+from swarm.native import INSTRUCTION_SETS, kernels
+from swarm.native.attention import Plan, native_attention
 from swarm.packing import PackedRow, Span
 
 NUM_SETS = kernels().instruction_set + 1 if kernels() else 0

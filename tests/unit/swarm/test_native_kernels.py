@@ -9,8 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from swarm.engine.torch.llama import LlamaRunner
-from swarm.engine.torch.native import INSTRUCTION_SETS, kernels
-from swarm.engine.torch.native.runner import NativeRunner
+from swarm.engine.torch.native import NativeRunner
+from swarm.native import INSTRUCTION_SETS, kernels
 
 NUM_SETS = kernels().instruction_set + 1 if kernels() else 0
 needs_kernels = pytest.mark.skipif(not NUM_SETS, reason="the decode kernels were not compiled on this machine")

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from swarm import native_training
-from swarm.engine.torch.native import INSTRUCTION_SETS, kernels
+from swarm.native import INSTRUCTION_SETS, kernels
+from swarm.native import training as native_training
 
 NUM_SETS = kernels().instruction_set + 1 if kernels() else 0
 pytestmark = [

@@ -14,7 +14,7 @@ from swarm.engine.base import Request, SamplingParams
 from swarm.engine.torch import TorchEngine
 from swarm.engine.torch.generic import GenericRunner
 from swarm.engine.torch.llama import LlamaRunner
-from swarm.engine.torch.native.runner import NativeRunner
+from swarm.engine.torch.native import NativeRunner
 from swarm.errors import ModelError
 
 SIZES: dict[str, Any] = {

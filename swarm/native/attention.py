@@ -1,7 +1,7 @@
 """Training attention over a packed row through the compiled kernels (attention.h), for models on a CPU.
 
 `Plan.of(row)` says which tokens attend to which, and cuts the work into pieces for threads; it is made once per
-row. `native_attention` is differentiable. Where the kernels are missing, `cpu_attention` does the work.
+row. `native_attention` is differentiable. Where the kernels are missing, `swarm.cpu_attention` does the work.
 """
 
 import ctypes
@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from swarm.engine.torch.native import kernels
+from swarm.native import kernels
 from swarm.packing import PackedRow
 
 __all__ = ["Plan", "native_attention", "supports_native_attention"]

@@ -9,7 +9,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from swarm.engine.torch.native import kernels
+from swarm.native import kernels
 
 __all__ = [
     "gated_silu",

@@ -1,11 +1,12 @@
-/* Decoding on a CPU: the forward pass of a Llama-shaped model over slots of a KV cache, in one call.
+/* Kernels for CPUs: decoding (kernels.h) and the parts of training that torch is slow at (attention.h, training.h).
  *
- * A decode step of a small model is bound by reading its weights once, and through a general library by the overhead
- * of hundreds of small operations as well. Here a step is one parallel region: threads meet at barriers, weights are
- * read in order, attention reads each slot's own length and no padding.
+ * Decoding is the forward pass of a Llama-shaped model over slots of a KV cache, in one call. A decode step of a small
+ * model is bound by reading its weights once, and through a general library by the overhead of hundreds of small
+ * operations as well. Here a step is one parallel region: threads meet at barriers, weights are read in order,
+ * attention reads each slot's own length and no padding.
  *
  * Plain C with OpenMP. It is loaded by ctypes after torch and uses the OpenMP runtime that torch has loaded, so that
- * the two share one pool of threads (native/__init__.py). Nothing here allocates or checks: the caller does.
+ * the two share one pool of threads (__init__.py). Nothing here allocates or checks: the caller does.
  */
 
 #define PY_SSIZE_T_CLEAN
@@ -78,7 +79,7 @@ typedef struct {
     float *key_sums, *value_sums;                   /* scratch: [num_kv_heads, num_sums, head_dim] */
 } attention_t;
 
-/* One operation of training.h; what the fields are to it is said there and in training/fused.py. */
+/* One operation of training.h; what the fields are to it is said there and in training.py. */
 enum { LOGIT_MASS, LOGIT_GRADIENT, NORM, NORM_GRADIENT, GATED_SILU };
 
 typedef struct {

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from swarm.engine.torch.llama import LlamaRunner, LlamaShape
-from swarm.engine.torch.native import Kernels, huge_pages, kernels
 from swarm.engine.torch.runner import ModelRunner
+from swarm.native import Kernels, huge_pages, kernels
 
 __all__ = ["NativeRunner"]
 

@@ -1,6 +1,11 @@
 """The compiled kernels for CPUs, for decoding and training, where the machine that installed it had a C compiler.
 
-`kernels()` finds and loads them; without them everything runs on torch's own operations.
+    kernels.c    what is compiled, once per instruction set: kernels.h (decoding), attention.h and training.h
+    attention    attention of a training step, over packed rows
+    training     the other parts of a training step that are no matrix products
+
+The engine's side is `engine.torch.native`. `kernels()` finds and loads them; without them everything runs on
+torch's own operations.
 """
 
 import ctypes
@@ -66,7 +71,7 @@ def huge_pages(tensor: torch.Tensor) -> torch.Tensor:
 @cache
 def kernels() -> Kernels | None:
     """Return the kernels, or None where they were not compiled."""
-    spec = importlib.util.find_spec("swarm.engine.torch.native._kernels")
+    spec = importlib.util.find_spec("swarm.native._kernels")
     if spec is None or spec.origin is None:
         return None
     return Kernels(Path(spec.origin))
