@@ -149,11 +149,13 @@ class Trainer:
     def _step(self, minibatch: Sequence[_Microbatch]) -> tuple[Tensor, float]:
         """Accumulate gradients and apply one optimizer step, or skip it. Returns sums and the gradient norm."""
         self._optimizer.zero_grad()
-        sums = torch.zeros(_NUM_SUMS, dtype=torch.float64)
+        parts = []
         for micro in minibatch:
             result = policy_loss(self._logprobs(micro.row), micro.terms, self._config)
             result.loss.backward()
-            sums += _sums(result)
+            parts.append(_sums(result))
+        # Read once a step: each reading makes the host wait for the device.
+        sums = torch.stack(parts).to("cpu").sum(0, dtype=torch.float64)
         grad_norm = float(self._optimizer.grad_norm())
         if not (math.isfinite(grad_norm) and bool(sums.isfinite().all())):
             self._num_nonfinite += 1
@@ -294,6 +296,6 @@ class Trainer:
 
 
 def _sums(result: LossTerms) -> Tensor:
-    """Return what a microbatch adds to the statistics, [_NUM_SUMS]."""
+    """Return what a microbatch adds to the statistics, [_NUM_SUMS], on its device."""
     parts = (result.loss.detach(), result.num_clipped, result.tis_sum, result.kl_sum, result.surprisal_sum)
-    return torch.stack([part.to(torch.float32) for part in parts]).to("cpu", torch.float64)
+    return torch.stack([part.to(torch.float32) for part in parts])
