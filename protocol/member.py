@@ -130,6 +130,7 @@ class Member:
         )
         self._sequence = 0
         self._published: deque[tuple[float, int]] = deque(maxlen=4096)  # (when, completions)
+        self._saving: asyncio.Future[None] | None = None  # the last write that the thread was given
         self._closed = False
 
     @property
@@ -160,6 +161,8 @@ class Member:
             return
         self._closed = True
         await self.local.tasks.close()
+        if self._saving is not None:  # a thread cannot be cancelled, and two may not write one file
+            await asyncio.wait([self._saving])
         try:
             if self._state_path is not None:
                 write_state(self._state_path, self.config.swarm_id, self._state(closed=True))
@@ -249,7 +252,9 @@ class Member:
         """Save what is remembered. Waits for its turn; ends with the member, or where the file cannot be written."""
         while True:
             await asyncio.sleep(self.config.save_s)
-            await asyncio.to_thread(write_state, path, self.config.swarm_id, self._state(closed=False))
+            write = asyncio.to_thread(write_state, path, self.config.swarm_id, self._state(closed=False))
+            self._saving = asyncio.ensure_future(write)
+            await asyncio.shield(self._saving)
 
     def _state(self, *, closed: bool) -> dict[str, Any]:
         return {

@@ -2,6 +2,8 @@
 
 import asyncio
 import random
+import threading
+import time
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -9,6 +11,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from node.config import RunConfig
 from node.metrics import read_rows
 from node.swarm_exchange import SwarmExchange
+from protocol import member as member_module
 from protocol.about import NodeAbout
 from protocol.admission import Rescored
 from protocol.config import SwarmConfig
@@ -243,3 +246,41 @@ def test_a_restarted_node_keeps_its_identity_and_never_uses_a_sequence_number_ag
     rows = read_rows(again.folder.metrics)
     assert len(rows) == 90
     assert sum(row["num_external"] for row in rows[-20:]) > 20, "it was heard again, and heard others"
+
+
+def test_leaving_waits_for_a_write_that_is_under_way(tmp_path, monkeypatch):
+    began, may_end, writes = threading.Event(), threading.Event(), []
+
+    def slow_write(path, swarm_id, state):
+        writes.append("begun")
+        if len(writes) == 1:
+            began.set()
+            assert may_end.wait(60)
+        writes.append("ended")
+
+    monkeypatch.setattr(member_module, "write_state", slow_write)
+
+    async def main():
+        identity = Identity(Ed25519PrivateKey.generate())
+        network = MemoryNetwork(random.Random(0))
+        member = Member(
+            identity,
+            MemoryTransport(network, identity.node_id, record_validator("main")),
+            SwarmConfig(save_s=0.01),
+            rescore=None,
+            about=lambda: NodeAbout("bootstrap", "test", "none", ()),
+            state_path=tmp_path / "swarm.msgpack",
+            clock=time.time,
+            rng=random.Random(0),
+        )
+        await member.start()
+        await asyncio.to_thread(began.wait, 60)
+        closing = asyncio.ensure_future(member.close())
+        for _ in range(200):  # turns of the loop: nothing but the write keeps the member
+            await asyncio.sleep(0)
+        assert writes == ["begun"]
+        may_end.set()
+        await closing
+
+    asyncio.run(main())
+    assert writes == ["begun", "ended", "begun", "ended"]
