@@ -1,0 +1,366 @@
+"""Real nodes on this machine, for `exchange.py`: a process each, a p2pd each, TCP on the loopback interface.
+
+    python benchmarks/_nodes.py gather [--nodes 8] [--kilobytes 28 256] [--compressed-kilobytes 256] [--rounds 3]
+    python benchmarks/_nodes.py sample [--nodes 8] [--rounds 8] [--round-s 15] [--external 4]
+
+gather: all publish at the same moment, and each wants every group of all the others, once they are linked. What
+        a node publishes is counted as genrl counts it, before compression, and beside that as it is on the wire.
+sample: what nodes that train do. Each takes J groups a round and publishes as many, at its own pace.
+
+Both print one JSON object. Nodes are whole members with the settings of `swarm-node join`, but for what `gather`
+has to ask for: a reserve for everything, and announcements to all. In place of the verifier there is one
+that gives half of the completions a reward: scoring is not what is timed here. Texts are `texts.json`'s.
+In a network namespace of its own, the interface's counter says what crosses the wire with everything around it.
+"""
+
+import argparse
+import asyncio
+import json
+import math
+import multiprocessing as mp
+import random
+import time
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from protocol.about import NodeAbout
+from protocol.clock import system_clock
+from protocol.config import SwarmConfig
+from protocol.identity import Identity
+from protocol.member import Member, Rescored
+from protocol.messages import SharedCompletion, SharedGroup, TaskRef
+from protocol.shards import record_validator
+from protocol.transport.hivemind import HivemindSettings, HivemindTransport
+from protocol.wire import encode_frame, encode_group
+
+__all__ = ["num_texts", "quantile", "real_groups"]
+
+TEXTS = Path(__file__).with_name("texts.json")
+LOCAL = HivemindSettings(listen=("/ip4/127.0.0.1/tcp/0",), nat_port_map=False, startup_timeout_s=60)
+START_WITHIN_S = 90.0
+LINK_WITHIN_S = 60.0
+SETTLE_S = 3.0
+
+
+def quantile(values: Sequence[float], share: float) -> float:
+    """Return the value below which this share lies."""
+    ranked = sorted(values)
+    return ranked[min(len(ranked) - 1, int(share * len(ranked)))]
+
+
+def loopback_bytes() -> int:
+    """Return the bytes that the loopback interface of this network namespace has carried."""
+    for line in Path("/proc/net/dev").read_text().splitlines():
+        name, _, counters = line.strip().partition(":")
+        if name == "lo":
+            return int(counters.split()[0])
+    return 0
+
+
+def real_groups(author: int, first: int, num: int) -> list[SharedGroup]:
+    """Return groups of real text, no two of them of the same task."""
+    rows = json.loads(TEXTS.read_text())
+    groups = []
+    for number in range(first, first + num):
+        row = rows[(author + number) % len(rows)]
+        # What defines a source is a digest: as random as this, and as hard to compress.
+        digest = random.Random(row["task"]).randbytes(16).hex()
+        ref = TaskRef(f"reasoning_gym/{row['task']}", digest, author, number)
+        groups.append(SharedGroup(ref, tuple(SharedCompletion(text, False) for text in row["texts"])))
+    return groups
+
+
+def num_texts() -> int:
+    """How many groups of texts there are."""
+    return len(json.loads(TEXTS.read_text()))
+
+
+def _frame_bytes(group: SharedGroup) -> int:
+    return len(encode_frame(group))
+
+
+def _content_bytes(group: SharedGroup) -> int:
+    return len(encode_group(group))
+
+
+class _Node:
+    """One node, in a process of its own, told what to do over a pipe."""
+
+    def __init__(self, rank: int, config: SwarmConfig) -> None:
+        self.rank = rank
+        self.admitted: dict[tuple[int, int], float] = {}  # when, by author and number
+        self.wanted = 0
+        self.complete = asyncio.Event()
+        identity = Identity(Ed25519PrivateKey.generate())
+        self.member = Member(
+            identity,
+            HivemindTransport(identity, record_validator(config.swarm_id), LOCAL),
+            config,
+            rescore=self._rescore,
+            about=lambda: NodeAbout("trainer", "swarm-node/0.1.0", "smollm2-135m", ("reasoning_gym/chain_sum",)),
+            state_path=None,
+            clock=system_clock,
+            rng=random.Random(),
+        )
+
+    async def _rescore(self, group: SharedGroup) -> Rescored:
+        """Score a group; nothing is awaited between this and its place in the pool."""
+        self.admitted[group.task.seed, group.task.index] = time.time()
+        if len(self.admitted) == self.wanted:
+            self.complete.set()
+        return Rescored("scored", tuple(float(number % 2) for number in range(len(group.completions))), True)
+
+    def traffic(self) -> dict[str, int]:
+        """What the member has counted."""
+        status = self.member.status()
+        names = ("bytes_in", "bytes_out", "groups_sampled", "groups_missing", "frames_pulled", "frames_failed",
+                 "requests_failed", "announcements_seen", "batches_heard")  # fmt: skip
+        return {name: status[name] for name in names}
+
+    async def gather(self, at_s: float, first: int, num: int, num_wanted: int, limit_s: float) -> dict[str, Any]:
+        """Publish at a moment that all share, and wait for what all others publish."""
+        groups = real_groups(self.rank, first, num)
+        self.admitted.clear()
+        self.complete.clear()
+        self.wanted = num_wanted
+        before = self.traffic()
+        await asyncio.sleep(max(0.0, at_s - time.time()))
+        start_s = time.time()
+        await self.member.publish(groups)
+        published_s = time.time()
+        try:
+            async with asyncio.timeout(limit_s):
+                await self.complete.wait()
+        except TimeoutError:
+            pass  # what is missing then is the figure
+        await asyncio.sleep(0.5)  # whoever still lacks something is served
+        after = self.traffic()
+        self.member.sample(num_wanted)
+        return {
+            "start_s": start_s,
+            "publish_s": published_s - start_s,
+            "admitted": [[author, number, at_s] for (author, number), at_s in self.admitted.items()],
+            "refusals": self.member.status()["refusals"],
+            **{name: after[name] - before[name] for name in after},
+        }
+
+    async def sample(self, rounds: int, warmup: int, round_s: float, external: int) -> dict[str, Any]:
+        """Live some rounds, and some more that count."""
+        rng = random.Random(self.rank)
+        await asyncio.sleep(rng.uniform(0, round_s))
+        before, used_bytes, ages = self.traffic(), 0, list[float]()
+        for number in range(warmup + rounds):
+            if number == warmup:
+                before, used_bytes, ages = self.traffic(), 0, []
+            for sampled in self.member.sample(external):
+                used_bytes += _frame_bytes(sampled.group)
+                ages.append(sampled.age_s)
+            await self.member.publish(real_groups(self.rank, number * external, external))
+            await asyncio.sleep(round_s * rng.uniform(0.8, 1.2))
+        after = self.traffic()
+        return {"used_bytes": used_bytes, "ages_s": ages, **{name: after[name] - before[name] for name in after}}
+
+
+def _run_node(pipe: Connection, rank: int, settings: dict[str, Any]) -> None:
+    asyncio.run(_serve(pipe, rank, settings))
+
+
+async def _serve(pipe: Connection, rank: int, settings: dict[str, Any]) -> None:
+    """Start, say where, and do what the pipe says until it says no more."""
+    node = _Node(rank, SwarmConfig(**settings))
+    await node.member.start()
+    watcher = asyncio.create_task(node.member.wait_failed())
+    try:
+        pipe.send(node.member.addresses[0])
+        while True:
+            receiving = asyncio.create_task(asyncio.to_thread(pipe.recv))
+            await asyncio.wait({receiving, watcher}, return_when=asyncio.FIRST_COMPLETED)
+            if watcher.done():
+                watcher.result()
+            name, arguments = await receiving
+            if name == "close":
+                break
+            pipe.send(node.member.status() if name == "status" else await getattr(node, name)(**arguments))
+    finally:
+        watcher.cancel()
+        await node.member.close()
+
+
+class _Nodes:
+    """All nodes, as their parent sees them."""
+
+    def __init__(self, num: int, settings: Callable[[int], dict[str, Any]]) -> None:
+        context = mp.get_context("spawn")
+        self.pipes: list[Connection] = []
+        self._processes = []
+        peers: tuple[str, ...] = ()
+        for rank in range(num):
+            ours, theirs = context.Pipe()
+            process = context.Process(
+                target=_run_node, args=(theirs, rank, {**settings(rank), "peers": peers}), daemon=True
+            )
+            process.start()
+            theirs.close()
+            self.pipes.append(ours)
+            self._processes.append(process)
+            if rank == 0:
+                peers = (self._answer(ours, START_WITHIN_S),)
+        for pipe in self.pipes[1:]:
+            self._answer(pipe, START_WITHIN_S)
+
+    def __enter__(self) -> "_Nodes":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for pipe in self.pipes:
+            pipe.send(("close", {}))
+        for process in self._processes:
+            process.join(15)
+            if process.is_alive():
+                process.kill()
+
+    def all_do(self, name: str, limit_s: float, /, **arguments: Any) -> list[Any]:
+        """Let every node do the same; return what they answer."""
+        for pipe in self.pipes:
+            pipe.send((name, arguments))
+        return [self._answer(pipe, limit_s) for pipe in self.pipes]
+
+    def link(self) -> list[int]:
+        """Wait until all have as many peers as they choose; return how many."""
+        wanted = min(len(self.pipes) - 1, SwarmConfig().num_outbound)
+        deadline_s = time.monotonic() + LINK_WITHIN_S
+        while True:
+            found = [status["num_peers"] for status in self.all_do("status", 10)]
+            if min(found) >= wanted or time.monotonic() > deadline_s:
+                time.sleep(SETTLE_S)
+                return found
+            time.sleep(0.5)
+
+    @staticmethod
+    def _answer(pipe: Connection, limit_s: float) -> Any:
+        if not pipe.poll(limit_s):
+            raise SystemExit(f"a node does not answer within {limit_s:g} s")
+        try:
+            return pipe.recv()
+        except EOFError:
+            raise SystemExit("a node has ended: its own words stand above") from None
+
+
+def _num_groups(kilobytes: int, size: Callable[[SharedGroup], int]) -> int:
+    """How many groups make so many kilobytes."""
+    groups = real_groups(0, 0, num_texts())
+    return math.ceil(1024 * kilobytes * len(groups) / sum(map(size, groups)))
+
+
+def gather(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure how soon everybody has everything."""
+    sizes = {f"{kilobytes}_kb": _num_groups(kilobytes, _content_bytes) for kilobytes in args.kilobytes}
+    for kilobytes in args.compressed_kilobytes:
+        sizes[f"{kilobytes}_kb_compressed"] = _num_groups(kilobytes, _frame_bytes)
+    most = (args.nodes - 1) * max(sizes.values())
+    settings = {"reserve_groups": most, "max_rescore_queue": 2 * most, "announce_fanout": args.nodes}
+    found: dict[str, Any] = {"num_nodes": args.nodes, "rounds": args.rounds, "limit_s": args.limit_s}
+    with _Nodes(args.nodes, lambda rank: settings) as nodes:
+        found["num_peers"] = nodes.link()
+        found["first_contact"] = _gather_once(nodes, 0, 1, args)
+        first = 1
+        for name, num in sizes.items():
+            rounds = []
+            for _ in range(args.rounds):
+                rounds.append(_gather_once(nodes, first, num, args))
+                first += num
+                print(name, rounds[-1], flush=True)
+            found[name] = rounds
+    return found
+
+
+def _gather_once(nodes: _Nodes, first: int, num: int, args: argparse.Namespace) -> dict[str, Any]:
+    others = range(args.nodes)
+    on_wire = loopback_bytes()
+    answers = nodes.all_do(
+        "gather",
+        args.limit_s + 20,
+        at_s=time.time() + 1.0,
+        first=first,
+        num=num,
+        num_wanted=num * (args.nodes - 1),
+        limit_s=args.limit_s,
+    )
+    on_wire = loopback_bytes() - on_wire
+    latencies = []
+    for answer in answers:
+        latencies += [at_s - answers[author]["start_s"] for author, _, at_s in answer["admitted"]]
+    num_wanted = num * args.nodes * (args.nodes - 1)
+    published = [sum(map(_frame_bytes, real_groups(rank, first, num))) for rank in others]
+    ideal = sum(published) * (args.nodes - 1)
+    return {
+        "groups_per_node": num,
+        "frame_bytes_per_node": sum(published) / args.nodes,
+        "completions_per_node": 8 * num,
+        "delivered": len(latencies) / num_wanted,
+        "latency_p50_s": round(quantile(latencies, 0.5), 3),
+        # Of all that were wanted: what never came is later than anything that did.
+        "latency_p95_s": round(quantile([*latencies, *[math.inf] * (num_wanted - len(latencies))], 0.95), 3)
+        if len(latencies) >= 0.96 * num_wanted
+        else None,
+        "latency_max_s": round(max(latencies), 3),
+        "publish_s": round(max(answer["publish_s"] for answer in answers), 3),
+        "bytes_in_over_ideal": sum(answer["bytes_in"] for answer in answers) / ideal,
+        "loopback_over_ideal": on_wire / ideal,
+        "requests_failed": sum(answer["requests_failed"] for answer in answers),
+        "refusals": answers[0]["refusals"],
+    }
+
+
+def sample(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure what nodes pay for what they train on."""
+    settings = {"reserve_groups": max(SwarmConfig().reserve_groups, 2 * args.external)}  # as `swarm-node join`
+    with _Nodes(args.nodes, lambda rank: settings) as nodes:
+        peers = nodes.link()
+        limit_s = (args.rounds + args.warmup + 2) * args.round_s * 1.2 + 30
+        on_wire, start_s = loopback_bytes(), time.monotonic()
+        answers = nodes.all_do(
+            "sample", limit_s, rounds=args.rounds, warmup=args.warmup, round_s=args.round_s, external=args.external
+        )
+        on_wire, seconds = loopback_bytes() - on_wire, time.monotonic() - start_s
+    sums = {name: sum(answer[name] for answer in answers) for name in answers[0] if name != "ages_s"}
+    ages = [age for answer in answers for age in answer["ages_s"]]
+    return {
+        "num_nodes": args.nodes,
+        "num_peers": peers,
+        "rounds": args.rounds,
+        "round_s": args.round_s,
+        "external": args.external,
+        "sampled_of_wanted": sums["groups_sampled"] / (sums["groups_sampled"] + sums["groups_missing"]),
+        "age_when_used_p50_s": round(quantile(ages, 0.5), 2),
+        "frame_bytes": sums["used_bytes"] / sums["groups_sampled"],
+        "bytes_in_per_completion": sums["bytes_in"] / (8 * sums["groups_sampled"]),
+        "bytes_in_over_ideal": sums["bytes_in"] / sums["used_bytes"],
+        "bytes_per_node_and_round": sums["bytes_in"] / args.nodes / args.rounds,
+        "loopback_bytes_per_node_and_s": on_wire / args.nodes / seconds,  # warm-up included
+        **{name: sums[name] for name in ("frames_pulled", "frames_failed", "requests_failed", "batches_heard")},
+    }
+
+
+def main() -> None:
+    """Run one of the two and print its figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("gather", "sample"))
+    parser.add_argument("--nodes", type=int, default=8)
+    parser.add_argument("--kilobytes", type=int, nargs="+", default=[28, 256], help="of groups, by each node")
+    parser.add_argument("--compressed-kilobytes", type=int, nargs="*", default=[256], help="of frames")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--round-s", type=float, default=15.0)
+    parser.add_argument("--external", type=int, default=4)
+    parser.add_argument("--limit-s", type=float, default=60.0, help="for one round of `gather`")
+    args = parser.parse_args()
+    print(json.dumps(gather(args) if args.what == "gather" else sample(args)))
+
+
+if __name__ == "__main__":
+    main()
