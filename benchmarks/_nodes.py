@@ -1,7 +1,7 @@
 """Real nodes on this machine, for `exchange.py`: a process each, a p2pd each, TCP on the loopback interface.
 
     python benchmarks/_nodes.py gather [--nodes 8] [--kilobytes 28 256] [--compressed-kilobytes 256] [--rounds 3]
-    python benchmarks/_nodes.py sample [--nodes 8] [--rounds 8] [--round-s 15] [--external 4]
+    python benchmarks/_nodes.py sample [--nodes 8] [--rounds 8] [--warmup 6] [--round-s 15] [--external 4]
 
 gather: all publish at the same moment, and each wants every group of all the others, once they are linked. What
         a node publishes is counted as genrl counts it, before compression, and beside that as it is on the wire.
@@ -96,9 +96,10 @@ class _Node:
         self.wanted = 0
         self.complete = asyncio.Event()
         identity = Identity(Ed25519PrivateKey.generate())
+        self._transport = HivemindTransport(identity, record_validator(config.swarm_id), LOCAL)
         self.member = Member(
             identity,
-            HivemindTransport(identity, record_validator(config.swarm_id), LOCAL),
+            self._transport,
             config,
             rescore=self._rescore,
             about=lambda: NodeAbout("trainer", "swarm-node/0.1.0", "smollm2-135m", ("reasoning_gym/chain_sum",)),
@@ -120,6 +121,11 @@ class _Node:
         names = ("bytes_in", "bytes_out", "groups_sampled", "groups_missing", "frames_pulled", "frames_failed",
                  "requests_failed", "announcements_seen", "batches_heard")  # fmt: skip
         return {name: status[name] for name in names}
+
+    @property
+    def dht_bytes_in(self) -> int:
+        """The part of what was received that is DHT calls and their answers."""
+        return self._transport._filter.bytes_in
 
     async def gather(self, at_s: float, first: int, num: int, num_wanted: int, limit_s: float) -> dict[str, Any]:
         """Publish at a moment that all share, and wait for what all others publish."""
@@ -152,17 +158,23 @@ class _Node:
         """Live some rounds, and some more that count."""
         rng = random.Random(self.rank)
         await asyncio.sleep(rng.uniform(0, round_s))
-        before, used_bytes, ages = self.traffic(), 0, list[float]()
+        before, dht_before, used_bytes, ages = self.traffic(), self.dht_bytes_in, 0, list[float]()
         for number in range(warmup + rounds):
             if number == warmup:
-                before, used_bytes, ages = self.traffic(), 0, []
+                before, dht_before, used_bytes, ages = self.traffic(), self.dht_bytes_in, 0, []
             for sampled in self.member.sample(external):
                 used_bytes += _frame_bytes(sampled.group)
                 ages.append(sampled.age_s)
             await self.member.publish(real_groups(self.rank, number * external, external))
             await asyncio.sleep(round_s * rng.uniform(0.8, 1.2))
         after = self.traffic()
-        return {"used_bytes": used_bytes, "ages_s": ages, **{name: after[name] - before[name] for name in after}}
+        joining = {"bytes_in_before": before["bytes_in"], "dht_bytes_in": self.dht_bytes_in - dht_before}
+        return {
+            "used_bytes": used_bytes,
+            "ages_s": ages,
+            **joining,
+            **{name: after[name] - before[name] for name in after},
+        }
 
 
 def _run_node(pipe: Connection, rank: int, settings: dict[str, Any]) -> None:
@@ -340,6 +352,8 @@ def sample(args: argparse.Namespace) -> dict[str, Any]:
         "frame_bytes": sums["used_bytes"] / sums["groups_sampled"],
         "bytes_in_per_completion": sums["bytes_in"] / (8 * sums["groups_sampled"]),
         "bytes_in_over_ideal": sums["bytes_in"] / sums["used_bytes"],
+        "dht_over_ideal": sums["dht_bytes_in"] / sums["used_bytes"],  # a part of the line above
+        "bytes_in_per_node_before": sums["bytes_in_before"] / args.nodes,  # joining, and the rounds of the warm-up
         "bytes_per_node_and_round": sums["bytes_in"] / args.nodes / args.rounds,
         "loopback_bytes_per_node_and_s": on_wire / args.nodes / seconds,  # warm-up included
         **{name: sums[name] for name in ("frames_pulled", "frames_failed", "requests_failed", "batches_heard")},
@@ -353,12 +367,13 @@ def main() -> None:
     parser.add_argument("--nodes", type=int, default=8)
     parser.add_argument("--kilobytes", type=int, nargs="+", default=[28, 256], help="of groups, by each node")
     parser.add_argument("--compressed-kilobytes", type=int, nargs="*", default=[256], help="of frames")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--rounds", type=int, help="measured: 3 of gather, 8 of sample")
+    parser.add_argument("--warmup", type=int, default=6, help="rounds of sample before those")
     parser.add_argument("--round-s", type=float, default=15.0)
     parser.add_argument("--external", type=int, default=4)
     parser.add_argument("--limit-s", type=float, default=60.0, help="for one round of `gather`")
     args = parser.parse_args()
+    args.rounds = args.rounds or {"gather": 3, "sample": 8}[args.what]
     print(json.dumps(gather(args) if args.what == "gather" else sample(args)))
 
 

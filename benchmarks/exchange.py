@@ -108,9 +108,9 @@ def measure_bytes() -> dict[str, Any]:
 
 
 def measure_genrl(python: Path, limit_s: float) -> dict[str, Any]:
-    """Run genrl's exchange between 2, 4 and 8 nodes."""
+    """Run genrl's exchange with one node, which says how many bytes it would send, and between 2, 4 and 8."""
     found: dict[str, Any] = {"limit_s": limit_s, "note": "needed one import added (get_dht_time) to be imported at all"}
-    for num_nodes in (2, 4, 8):
+    for num_nodes in (1, 2, 4, 8):
         script = [python, SHARED / "genrl_exchange.py", f"--nodes={num_nodes}", f"--limit={limit_s:.0f}"]
         sizes = [f"--questions={GROUPS_PER_BATCH}", "--completions=8", "--chars=600", "--rounds=3"]
         try:

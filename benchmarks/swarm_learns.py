@@ -4,12 +4,13 @@
 
     swarm    `swarm-node join` with 4 own and 4 external groups a round (4/4), all at one time, and one bootstrap
     silos    `swarm-node silo` with 8 own groups a round (8/0), as many at one time as there are cores
+    lean     `swarm-node silo` with 4 own groups a round (4/0): as many questions as a node of the swarm asks
 
-Node number n has the seed n in both arms, and both begin with the built-in model `tiny`. A batch has eight groups in
-both; a node of the swarm asks half as many questions itself. That is SAPO's comparison (arXiv 2509.08721): an update
-costs the same, and a rollout of others nothing but its bytes. A round of a node is *full* where it trained on all J
-external groups; what was missing was replaced by own groups. Every round counts, those before the first peer was
-found and those after others had left included.
+Node number n has the seed n in every arm, and all begin with the built-in model `tiny`. Swarm and silos have eight
+groups in a batch, which is SAPO's comparison (arXiv 2509.08721): an update costs the same, a node of the swarm asks
+half as many questions itself, and a rollout of others costs nothing but its bytes. A round of a node is *full* where
+it trained on all J external groups; what was missing was replaced by own groups. Every round counts, those before the
+first peer was found and those after others had left included.
 
 --keep writes what `docs/results/swarm` holds: the picture, the curves of all nodes, the settings, and this report.
 """
@@ -98,10 +99,10 @@ def run_swarm(folder: Path, args: argparse.Namespace) -> list[Rows]:
     return [_rows(folder, name) for name in names]
 
 
-def run_silos(folder: Path, args: argparse.Namespace) -> list[Rows]:
-    """Run the same nodes alone, with as many groups in a batch."""
+def run_silos(folder: Path, args: argparse.Namespace, arm: str, num_local: int) -> list[Rows]:
+    """Run the same nodes alone, with so many own groups in a batch."""
     num_cores = len(hardware_cores())
-    names = [f"silo-{seed}" for seed in range(1, args.nodes + 1)]
+    names = [f"{arm}-{seed}" for seed in range(1, args.nodes + 1)]
     for first in range(0, args.nodes, num_cores):
         processes = {
             name: _start(
@@ -112,7 +113,7 @@ def run_silos(folder: Path, args: argparse.Namespace) -> list[Rows]:
                 "--seed",
                 name.rpartition("-")[2],
                 "--set",
-                f"sapo.num_local={args.local + args.external}",
+                f"sapo.num_local={num_local}",
             )
             for name in names[first : first + num_cores]
         }
@@ -159,7 +160,7 @@ def _arm(nodes: list[Rows]) -> dict[str, Any]:
     }
 
 
-def plot(swarm: list[Rows], silos: list[Rows], args: argparse.Namespace, path: Path) -> None:
+def plot(nodes_of: dict[str, list[Rows]], args: argparse.Namespace, path: Path) -> None:
     """Draw the mean of each arm and the spread of its nodes, and the share of full rounds."""
     import matplotlib as mpl
 
@@ -168,12 +169,13 @@ def plot(swarm: list[Rows], silos: list[Rows], args: argparse.Namespace, path: P
 
     figure, (rewards, full) = plt.subplots(2, 1, figsize=(8, 6), dpi=150, sharex=True, height_ratios=(3, 1))
     rounds = range(1, args.rounds + 1)
-    batch = args.local + args.external
-    arms = (
-        (f"{args.nodes} nodes of a swarm, {args.local} own + {args.external} external groups", swarm, "#d94801"),
-        (f"{args.nodes} silos, {batch} own groups", silos, "#08519c"),
-    )
-    for label, nodes, color in arms:
+    arms = {
+        "swarm": (f"{args.nodes} nodes of a swarm, {args.local} own + {args.external} external groups", "#d94801"),
+        "silo": (f"{args.nodes} silos, {args.local + args.external} own groups", "#08519c"),
+        "lean": (f"{args.nodes} silos, {args.local} own groups", "#7f7f7f"),
+    }
+    for arm, (label, color) in arms.items():
+        nodes = nodes_of[arm]
         columns = list(zip(*([row["reward_moving_average"] for row in rows] for rows in nodes), strict=True))
         rewards.plot(rounds, [statistics.mean(column) for column in columns], color=color, linewidth=2, label=label)
         rewards.fill_between(rounds, *map(list, zip(*((min(c), max(c)) for c in columns), strict=True)),
@@ -181,7 +183,9 @@ def plot(swarm: list[Rows], silos: list[Rows], args: argparse.Namespace, path: P
         held = [[(r["round"], r["pass_at_1_heldout"]) for r in rows if "pass_at_1_heldout" in r] for rows in nodes]
         points = [(column[0][0], statistics.mean(value for _, value in column)) for column in zip(*held, strict=True)]
         rewards.plot(*zip(*points, strict=True), color=color, marker="o", markersize=5, linewidth=0)
-    columns = list(zip(*([row["num_external"] == args.external for row in rows] for rows in swarm), strict=True))
+    columns = list(
+        zip(*([row["num_external"] == args.external for row in rows] for rows in nodes_of["swarm"]), strict=True)
+    )
     full.plot(rounds, [sum(column) / len(column) for column in columns], color="#d94801", linewidth=1)
     rewards.set(
         ylabel="own reward (line: mean of the nodes,\nband: all of them), held-out pass@1 (dots)",
@@ -198,16 +202,16 @@ def plot(swarm: list[Rows], silos: list[Rows], args: argparse.Namespace, path: P
     plt.close(figure)
 
 
-def keep(swarm: list[Rows], silos: list[Rows], figures: dict[str, Any], folder: Path, args: argparse.Namespace) -> None:
-    """Write what is worth keeping of both arms."""
+def keep(nodes_of: dict[str, list[Rows]], figures: dict[str, Any], folder: Path, args: argparse.Namespace) -> None:
+    """Write what is worth keeping of all arms."""
     args.keep.mkdir(parents=True, exist_ok=True)
-    plot(swarm, silos, args, args.keep / "reward.png")
+    plot(nodes_of, args, args.keep / "reward.png")
     curves = {
         f"{arm}-{seed}": {
             **{name: [round(row[name], 4) for row in rows if name in row] for name in CURVES},
             "pass_at_1_heldout": {row["round"]: row["pass_at_1_heldout"] for row in rows if "pass_at_1_heldout" in row},
         }
-        for arm, nodes in (("swarm", swarm), ("silo", silos))
+        for arm, nodes in nodes_of.items()
         for seed, rows in enumerate(nodes, 1)
     }
     lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(curve)}" for name, curve in curves.items())
@@ -219,7 +223,7 @@ def keep(swarm: list[Rows], silos: list[Rows], figures: dict[str, Any], folder: 
 
 
 def main() -> None:
-    """Run both arms and report."""
+    """Run all arms and report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--nodes", type=int, default=8)
@@ -236,7 +240,8 @@ def main() -> None:
         swarm = run_swarm(folder, args)
         swarm_s = time.monotonic() - start_s
         print(f"the swarm has run for {swarm_s:.0f} s", flush=True)
-        silos = run_silos(folder, args)
+        silos = run_silos(folder, args, "silo", args.local + args.external)
+        lean = run_silos(folder, args, "lean", args.local)
         full = [full_rounds(rows, args.external) for rows in swarm]
         figures: dict[str, Any] = {
             **{name: getattr(args, name) for name in ("model", "nodes", "rounds", "local", "external")},
@@ -249,11 +254,13 @@ def main() -> None:
                 "seconds": round(swarm_s, 1),
             },
             "silos": _arm(silos),
+            "lean": _arm(lean),
         }
-        rewards = [figures[arm]["reward_summed_over_rounds"]["mean"] for arm in ("swarm", "silos")]
+        rewards = [figures[arm]["reward_summed_over_rounds"]["mean"] for arm in ("swarm", "silos", "lean")]
         figures["reward_of_swarm_over_silos"] = rewards[0] / rewards[1]
+        figures["reward_of_swarm_over_lean"] = rewards[0] / rewards[2]
         if args.keep:
-            keep(swarm, silos, figures, folder, args)
+            keep({"swarm": swarm, "silo": silos, "lean": lean}, figures, folder, args)
     report(figures, [Bar("share of full rounds, least of the nodes", min(full), MIN_FULL_SHARE)])
 
 
