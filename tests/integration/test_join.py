@@ -12,7 +12,7 @@ from protocol.identity import Identity
 from protocol.transport.peer_id import peer_id_of
 
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
-HEARD_AGAIN_WITHIN_S = 8.0  # from when it listens; loading torch and the model before takes 5 s on an idle machine
+HEARD_AGAIN_WITHIN_S = 15.0  # from when it listens; loading torch and the model before takes 5 s on an idle machine
 
 
 def wait_for(process, happened, what, timeout_s=90.0):
@@ -71,6 +71,7 @@ def with_peer(workplace, run_dir, node_id):
     return found is not None and node_id in {peer["node_id"] for peer in found["swarm"]["peers"]}
 
 
+@pytest.mark.alone
 @pytest.mark.timeout(600)
 def test_two_nodes_train_on_each_others_groups_one_is_killed_and_comes_back(workplace, nodes, stopped_by):
     first = nodes(*join(workplace, "a", 100_000, "--seed", "1"))
