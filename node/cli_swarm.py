@@ -192,7 +192,7 @@ def network(peers: tuple[str, ...], swarm_id: str | None, run_dir: Path | None, 
 
 @click.command()
 @click.option("--nodes", "num_nodes", type=click.IntRange(2, 8), default=3, show_default=True, help="That learn.")
-@click.option("--rounds", type=click.IntRange(min=1), default=800, show_default=True, metavar="N", help="Of each.")
+@click.option("--rounds", type=click.IntRange(min=1), default=1000, show_default=True, metavar="N", help="Of each.")
 @click.option("--run-dir", type=click.Path(path_type=Path), help="Where the runs are kept.  [runs/demo-TIME]")
 def demo(num_nodes: int, rounds: int, run_dir: Path | None) -> int:
     """A swarm on this machine: a bootstrap, and nodes that learn from each other, with the model `tiny`."""
