@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from swarm.config import ModelConfig
 from swarm.errors import ModelError
 from swarm.models.gguf import load_gguf
-from swarm.models.loading import LOAD_ERRORS, first_line, load_checked, quiet
+from swarm.models.loading import LOAD_ERRORS, first_line, load_checked, quiet, quiet_hub
 from swarm.models.presets import SMOLLM2, TINY, builtin_path
 
 __all__ = ["Policy", "export", "load_policy", "resolve_device"]
@@ -175,12 +175,13 @@ def _load_pretrained(config: ModelConfig, device: torch.device) -> tuple[PreTrai
         else ": no such folder here, and not loadable as a hub id; check name and network"
     )
     try:
-        shape = AutoConfig.from_pretrained(source)
-        with torch.device("meta"):
-            num_params = AutoModelForCausalLM.from_config(shape).num_parameters()
-        dtype = _dtype(config.dtype, device, num_params)
-        model = load_checked(AutoModelForCausalLM, where, source, dtype=dtype, use_safetensors=True)
-        return model, AutoTokenizer.from_pretrained(source)
+        with quiet_hub():
+            shape = AutoConfig.from_pretrained(source)
+            with torch.device("meta"):
+                num_params = AutoModelForCausalLM.from_config(shape).num_parameters()
+            dtype = _dtype(config.dtype, device, num_params)
+            model = load_checked(AutoModelForCausalLM, where, source, dtype=dtype, use_safetensors=True)
+            return model, AutoTokenizer.from_pretrained(source)
     except LOAD_ERRORS as error:
         raise ModelError(f"{where} cannot be loaded{fix} ({first_line(error)})") from error
 

@@ -3,6 +3,7 @@
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
+from logging import getLogger
 from typing import Any
 
 from safetensors import SafetensorError
@@ -11,7 +12,7 @@ from transformers.utils import logging
 
 from swarm.errors import ModelError
 
-__all__ = ["LOAD_ERRORS", "first_line", "load_checked", "quiet"]
+__all__ = ["LOAD_ERRORS", "first_line", "load_checked", "quiet", "quiet_hub"]
 
 # What transformers, tokenizers, gguf and safetensors raise for files that are missing, corrupt or of an unknown kind.
 LOAD_ERRORS = (
@@ -45,6 +46,18 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
+
+
+@contextmanager
+def quiet_hub() -> Iterator[None]:
+    """Keep the hub's notices of its retries off the terminal; how far a download is stays to be seen."""
+    logger = getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel("ERROR")
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def load_checked(loader: Any, where: str, source: Any, **options: Any) -> PreTrainedModel:
