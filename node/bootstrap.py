@@ -14,7 +14,8 @@ from typing import Any, Final
 
 from node.config import RunConfig, to_toml
 from node.control import Monitor
-from node.join import make_member, software, started
+from node.join import make_member, started
+from node.membership import software
 from node.run_folder import RunFolder, write_atomically
 from node.running import StopDeadline, resume_command
 from node.status import build_status

@@ -16,7 +16,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
@@ -26,7 +26,7 @@ from node.exchange import Exchange
 from node.interrupt import Interrupted
 from node.measure import RoundMeter, describe_external, describe_groups, describe_update
 from node.metrics import MovingAverage, peak_rss_bytes
-from node.recorder import Recorder
+from node.recorder import RoundKeeper
 from swarm import sapo
 from swarm.evaluation import evaluate
 from swarm.trainer import UpdateStats
@@ -52,11 +52,13 @@ class Node:
         config: RunConfig,
         *,
         build_parts: Callable[[RunConfig, threading.Event], "Parts"],
-        recorder: Recorder,
+        recorder: RoundKeeper,
         exchange: Exchange,
         display: Display,
         clock: Callable[[], float] = time.perf_counter,
+        executor: Executor | None = None,
     ) -> None:
+        """`executor` does the work of torch, one job at a time; None: a thread of the node's own."""
         self.config = config
         self.recorder = recorder
         self.exchange = exchange
@@ -66,7 +68,7 @@ class Node:
         self.phase = "start"
         self.rows: list[dict[str, Any]] = []
         self._build_parts = build_parts
-        self._torch = ThreadPoolExecutor(max_workers=1, thread_name_prefix="torch")
+        self._torch = executor or ThreadPoolExecutor(max_workers=1, thread_name_prefix="torch")
         self._parts: Parts | None = None
         self._pass_at_1_before: float | None = None
         self._average = MovingAverage(MOVING_AVERAGE_ROUNDS)

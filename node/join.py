@@ -7,14 +7,13 @@ import json
 import random
 import re
 import shlex
-from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from node.addresses import best_address
 from node.config import RunConfig
 from node.display import Display
+from node.membership import about_trainer, member_settings
 from node.run_folder import RunFolder, write_atomically
-from node.summary import model_label, tasks_label
 from protocol.about import NodeAbout
 from protocol.admission import Rescore
 from protocol.clock import system_clock
@@ -32,16 +31,11 @@ if TYPE_CHECKING:
     from node.parts import Parts
     from node.rescoring import Rescorer
 
-__all__ = ["join_line", "make_member", "make_swarm_exchange", "make_transport", "software", "started"]
+__all__ = ["join_line", "make_member", "make_swarm_exchange", "make_transport", "started"]
 
 # QUIC where it is asked for: connections that p2pd moves to it by itself have been seen to fall silent.
 _LISTEN = ("/ip4/0.0.0.0/tcp/0",)
 _PORT = re.compile(r"(tcp|udp)/\d+(?:/quic-v1)?")
-
-
-def software() -> str:
-    """What this program calls itself to others."""
-    return f"swarm-node/{version('swarm-node')}"
 
 
 def join_line(member: Member) -> str:
@@ -62,12 +56,11 @@ def make_swarm_exchange(config: RunConfig, folder: RunFolder, display: Display) 
     async def make(rescore: Rescore, about: "Callable[[], NodeAbout]") -> Member:
         return await make_member(config, folder, rescore, about)
 
-    tasks = tuple(source.strip() for source in tasks_label(config).split(","))
     return SwarmExchange(
         make,
         build,
         config.sapo,
-        NodeAbout("trainer", software(), model_label(config), tasks),
+        about_trainer(config),
         note=display.note,
         on_started=lambda member: started(member, folder, display.note),
     )
@@ -82,18 +75,13 @@ async def make_member(
     return Member(
         identity,
         make_transport(config, identity, listen),
-        config.swarm.model_copy(update={"reserve_groups": _reserve_groups(config)}),
+        member_settings(config),
         rescore=rescore,
         about=about,
         state_path=folder.swarm,
         clock=system_clock,
         rng=random.Random(),  # which peers are chosen is no part of what the seed fixes
     )
-
-
-def _reserve_groups(config: RunConfig) -> int:
-    """Two rounds of groups, or more if that is set: what the next round needs is there when this one has taken its."""
-    return max(config.swarm.reserve_groups, 2 * config.sapo.num_external)
 
 
 async def last_listen(folder: RunFolder) -> tuple[str, ...]:

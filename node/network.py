@@ -21,7 +21,8 @@ from rich.text import Text
 from node.addresses import checked_peers
 from node.config import RunConfig
 from node.control import newest_status, read_status
-from node.join import make_transport, software
+from node.join import make_transport
+from node.membership import software
 from node.options import RUNS
 from node.status import SCHEMA_VERSION
 from protocol.about import NodeAbout

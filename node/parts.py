@@ -4,25 +4,48 @@ Everything here imports torch, so that it is imported late and in the thread tha
 """
 
 import threading
+from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
 from node.config import RunConfig
 from node.interrupt import InterruptibleEngine
+from protocol.messages import TaskRef
 from swarm.engine.base import Engine
 from swarm.engine.torch import TorchEngine
 from swarm.policy import Policy, load_policy
 from swarm.rollout.collector import RolloutCollector
-from swarm.scoring import ScoringPool
+from swarm.scoring import Outcome, Score, ScoringPool
 from swarm.tasks import TaskSet, build_task_set
 from swarm.trainer import Trainer
+from swarm.types import RolloutGroup
 
-__all__ = ["Parts", "build_parts", "make_engine", "make_trainer"]
+__all__ = ["Parts", "Scorer", "build_parts", "make_engine", "make_trainer"]
 
 _NUM_LOOKED_AT = 64
 _ROOM = 1.5
+
+
+class Scorer(Protocol):
+    """What a node asks of whatever scores its completions: a `ScoringPool` of its own, or one that it shares."""
+
+    counts: Counter[Outcome]
+
+    def score(self, jobs: Sequence[tuple[TaskRef, str]]) -> list[Score]:
+        """Score completions, in their order."""
+
+    def score_groups(self, groups: Sequence[RolloutGroup]) -> list[RolloutGroup]:
+        """Return the groups with their rewards."""
+
+    def prefetch(self, refs: Sequence[TaskRef]) -> None:
+        """Make ready what scoring needs of these items."""
+
+    def close(self) -> None:
+        """End whatever scores."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +56,7 @@ class Parts:
     tasks: TaskSet
     engine: Engine
     rollouts: RolloutCollector
-    scorer: ScoringPool
+    scorer: Scorer
     trainer: Trainer
 
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from node.interrupt import Interrupted
 from node.metrics import MetricsFile, read_rows
@@ -23,7 +23,7 @@ from swarm.journal import Journal, JournalRecord
 from swarm.trainer import Trainer
 from swarm.types import TrainingBatch
 
-__all__ = ["Recorder", "Restored"]
+__all__ = ["Recorder", "Restored", "RoundKeeper"]
 
 _MAX_COST = 0.05  # share of the run that writing checkpoints may take
 _SLOW_DISK_BYTES_PER_S = 100e6  # what a checkpoint is assumed to be written at before one has been timed
@@ -36,6 +36,32 @@ class Restored:
     round_index: int
     rows: list[dict[str, Any]]
     notes: list[str]
+
+
+class RoundKeeper(Protocol):
+    """What the loop of a round asks of whatever keeps its rounds. `Recorder` keeps them on the disk."""
+
+    @property
+    def last_round(self) -> int:
+        """The last finished round."""
+
+    def restore(self, trainer: Trainer, interrupted: Callable[[], bool]) -> Restored:
+        """Bring the trainer to the last good state."""
+
+    async def append(self, round_index: int, batch: TrainingBatch, row: Mapping[str, Any]) -> None:
+        """Put a finished round on record."""
+
+    async def settle(self) -> None:
+        """Wait until nothing reads the trainer's tensors."""
+
+    def checkpoint_if_due(self, trainer: Trainer) -> None:
+        """Begin to keep the trainer's state, if it is time."""
+
+    async def final_checkpoint(self, trainer: Trainer, within_s: float | None = None) -> None:
+        """Keep the trainer's state of the last round."""
+
+    async def close(self) -> None:
+        """Bring everything to an end."""
 
 
 class Recorder:

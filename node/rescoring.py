@@ -9,7 +9,7 @@ the process has a low priority, and a group waits until the one before is done. 
 import asyncio
 import copy
 import dataclasses
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Final, Protocol
 
 from protocol.admission import Rescored, Verdict
@@ -66,15 +66,19 @@ class Rescorer:
         build: "Callable[[], tuple[_Policy, _Tasks, _Scorer]]",
         max_sequence_tokens: int,
         longest_token_chars: int,
+        executor: Executor | None = None,
     ) -> None:
-        """`build` is called in the thread. No prompt with a completion is longer than `max_sequence_tokens`."""
+        """No prompt with a completion is longer than `max_sequence_tokens`.
+
+        `executor` does the work, one group at a time, and calls `build` first; None: a thread of the rescorer's own.
+        """
         self._sapo = config.sapo
         self._max_tokens = config.sapo.max_external_tokens or _LENGTH_FACTOR * config.rollout.max_new_tokens
         self._max_completions = _LENGTH_FACTOR * config.rollout.num_completions
         self._max_sequence_tokens = max_sequence_tokens
         self._max_chars = self._max_tokens * longest_token_chars
         self._build = build
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rescoring")
+        self._thread = executor or ThreadPoolExecutor(max_workers=1, thread_name_prefix="rescoring")
         self._parts: tuple[_Policy, _Tasks, _Scorer] | None = None
         self._is_closing = False
 
@@ -141,8 +145,28 @@ def _refused(verdict: Verdict) -> Rescored:
     return Rescored(verdict)
 
 
-def build_rescorer(config: "RunConfig", policy: "Policy") -> Rescorer:
-    """Make the rescorer of a node: tasks and a scoring process of its own, and a copy of the policy's tokenizer."""
+def build_rescorer(
+    config: "RunConfig",
+    policy: "Policy",
+    *,
+    build: "Callable[[], tuple[_Policy, _Tasks, _Scorer]] | None" = None,
+    executor: Executor | None = None,
+) -> Rescorer:
+    """Make the rescorer of a node, from parts of its own: tasks, a scoring process, a copy of the policy's tokenizer.
+
+    `build` gives other parts, and `executor` works in the place of the rescorer's thread: where nodes share both.
+    """
+    positions = getattr(policy.model.config.get_text_config(), "max_position_embeddings", None)
+    return Rescorer(
+        config,
+        build=build or _own_parts(config, policy),
+        max_sequence_tokens=positions or 2**31,
+        longest_token_chars=max(map(len, policy.tokenizer.get_vocab())),
+        executor=executor,
+    )
+
+
+def _own_parts(config: "RunConfig", policy: "Policy") -> "Callable[[], tuple[_Policy, _Tasks, _Scorer]]":
     from swarm.scoring import ScoringPool
     from swarm.tasks import build_task_set
 
@@ -153,10 +177,4 @@ def build_rescorer(config: "RunConfig", policy: "Policy") -> Rescorer:
         scorer = ScoringPool(config.tasks, scoring, niceness=_NICENESS)
         return dataclasses.replace(policy, tokenizer=tokenizer), build_task_set(config.tasks, config.seed), scorer
 
-    positions = getattr(policy.model.config.get_text_config(), "max_position_embeddings", None)
-    return Rescorer(
-        config,
-        build=build,
-        max_sequence_tokens=positions or 2**31,
-        longest_token_chars=max(map(len, tokenizer.get_vocab())),
-    )
+    return build

@@ -83,9 +83,9 @@ def run_node(
 
         async def run() -> signal.Signals | None:
             async with Monitor(folder.path, make_status):
-                return await run_until_stopped(node, deadline, command)
+                return await run_until_stopped(node, folder, deadline, command)
 
-        with StopDeadline(lambda: _stopped_line(node, command), display.end) as deadline:
+        with StopDeadline(lambda: _stopped_line(node, folder, command), display.end) as deadline:
             stopped_by = asyncio.run(run())
             display.end()
             return _conclude(node, folder, command, stopped_by, MOVING_AVERAGE_ROUNDS, as_json=as_json)
@@ -161,7 +161,9 @@ class StopDeadline:
         return received
 
 
-async def run_until_stopped(node: "Node", deadline: StopDeadline, command: str = "silo") -> signal.Signals | None:
+async def run_until_stopped(
+    node: "Node", folder: RunFolder, deadline: StopDeadline, command: str = "silo"
+) -> signal.Signals | None:
     """Run the node; return the signal that stopped it, if one did."""
     received = deadline.watch_signals(node.stop, node.display.note)
     try:
@@ -171,13 +173,13 @@ async def run_until_stopped(node: "Node", deadline: StopDeadline, command: str =
             raise
         lower = _LOWER.get(node.phase, "the size of the model, or set model.dtype=bfloat16")
         raise OutOfMemory(
-            f"out of memory ({node.phase}): lower {lower}; go on with {resume_command(node.recorder.folder, command)}"
+            f"out of memory ({node.phase}): lower {lower}; go on with {resume_command(folder, command)}"
         ) from error
     return received[0] if received and not node.finished else None
 
 
-def _stopped_line(node: "Node", command: str) -> str:
-    last, go_on = node.recorder.last_round, resume_command(node.recorder.folder, command)
+def _stopped_line(node: "Node", folder: RunFolder, command: str) -> str:
+    last, go_on = node.recorder.last_round, resume_command(folder, command)
     return f"stopped after round {last}; go on with: {go_on}"
 
 
@@ -201,7 +203,7 @@ def _conclude(
     summary = summarize(node.config, node.rows, name)
     write_summary(folder, summary)
     if stopped_by is not None:
-        print(_stopped_line(node, command), file=sys.stderr, flush=True)
+        print(_stopped_line(node, folder, command), file=sys.stderr, flush=True)
         return 128 + stopped_by
     if node.rows:
         from node.plot import plot_rewards

@@ -36,7 +36,7 @@ def test_out_of_memory_names_the_settings_to_lower_and_keeps_the_rounds_before(h
 
 def until_stopped(node: Any) -> signal.Signals | None:
     with StopDeadline(lambda: "") as deadline:
-        return asyncio.run(run_until_stopped(node, deadline))
+        return asyncio.run(run_until_stopped(node, node.recorder.folder, deadline))
 
 
 def test_another_error_of_torch_is_a_bug_and_stays_one(harness):
