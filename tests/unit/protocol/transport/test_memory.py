@@ -12,7 +12,9 @@ from protocol.transport.base import (
     RequestTimedOut,
     TransportDown,
 )
-from protocol.transport.memory import HEADER_BYTES, NUM_REPLICAS, Faults, MemoryNetwork, MemoryTransport
+from protocol.transport.memory import Faults, MemoryNetwork, MemoryTransport
+from protocol.transport.memory_calls import HEADER_BYTES
+from protocol.transport.memory_network import NUM_REPLICAS
 from protocol.transport.virtual_time import virtual_clock
 
 CLEAN = Faults(latency_s=(0.01, 0.01))
