@@ -8,6 +8,7 @@ of its requests: the noise that draws a token depends on (request seed, position
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -47,6 +48,7 @@ class Request:
     seed: int  # unsigned 64-bit; with the position it determines the noise of every token
     sampling: SamplingParams
     partial: Completion | None = None  # resume: tokens already written, kept and continued
+    draft: tuple[int, ...] = ()  # tokens that may come next, from anywhere; kept as far as the policy draws the same
 
 
 @dataclass(slots=True)
@@ -58,11 +60,18 @@ class EngineStats:
     num_steps: int = 0
     num_policy_loads: int = 0
     num_slot_steps: int = 0  # decode slots that were busy, summed over steps
+    num_draft_tokens: int = 0  # tokens of drafts that were verified
+    num_draft_tokens_kept: int = 0  # those that the policy draws as well
 
 
 class Engine(ABC):
-    """Samples completions. Not thread-safe: one thread calls it at a time."""
+    """Samples completions. Not thread-safe: one thread calls it at a time.
 
+    An engine that `verifies_drafts` writes for a request with a draft exactly what it writes for the request without
+    it: draft tokens are kept up to the first that the policy, with the request's noise, does not draw itself.
+    """
+
+    verifies_drafts: ClassVar[bool] = False
     stats: EngineStats
 
     @property
@@ -80,8 +89,9 @@ class Engine(ABC):
         """Queue requests.
 
         Raises ValueError, and queues nothing, for a request id that is in use, an empty prompt, a token outside
-        the vocabulary, a seed of more than 64 bits, a partial completion that has already finished, or a prompt
-        and budget that do not fit the engine's sequence length.
+        the vocabulary, a seed of more than 64 bits, a partial completion that has already finished, a prompt and
+        budget that do not fit the engine's sequence length, or a draft that is longer than the budget or that the
+        engine cannot verify.
         """
 
     @abstractmethod
@@ -90,7 +100,10 @@ class Engine(ABC):
 
     @abstractmethod
     def abort(self, request_ids: Collection[int] | None = None) -> list[Completion]:
-        """Stop requests (all of them by default) and return what they have, to be resumed or thrown away."""
+        """Stop requests (all of them by default) and return what they have, to be resumed or thrown away.
+
+        A draft that has not been verified yet is no part of that: who gave it still has it.
+        """
 
     @abstractmethod
     def load_policy(self, state: Mapping[str, torch.Tensor], version: int) -> None:

@@ -1,6 +1,7 @@
 """The torch engine: continuous batching over slots of a KV cache, with counter-based sampling.
 
-    step = admit waiting requests (prefill each prompt once) · draw their first token · decode one token of all
+    step = admit waiting requests (prefill each prompt once, verify drafts) · draw their first token · decode one
+           token of all
 
 What it is made of: `runner` runs the model, `sampling` draws tokens, `slots` holds what is running, and off
 the CPU `graphs` records what a step does. It exists because no library gives batched speculation, partial
@@ -28,10 +29,13 @@ from swarm.types import Completion, FinishReason
 __all__ = ["TorchEngine"]
 
 _PREFILL_TOKENS = 8192  # tokens of one prefill pass; bounds its memory
+_DRAWN_ROWS = 512  # rows of logits that exist at one time while drafts are verified
 
 
 class TorchEngine(Engine):
     """Samples from a transformers causal LM. Keeps its own copy of the weights of `model`."""
+
+    verifies_drafts = True
 
     def __init__(
         self,
@@ -87,7 +91,7 @@ class TorchEngine(Engine):
                 raise ValueError(f"request {request.request_id} is already in the engine")
             held.add(request.request_id)
             self._check(request)
-            fresh.append(Running.of(request))
+            fresh.append(Running.of(self._slots.until_end(request) if request.draft else request))
         self._waiting.extend(fresh)
 
     def _check(self, request: Request) -> None:
@@ -100,7 +104,9 @@ class TorchEngine(Engine):
         need = len(request.prompt_ids) + request.sampling.max_new_tokens
         if need > self.max_seq_len:
             raise ValueError(f"{name} needs {need} tokens, engine.max_seq_len is {self.max_seq_len}")
-        token_ids = request.prompt_ids + (partial.token_ids if partial else ())
+        token_ids = request.prompt_ids + (partial.token_ids if partial else ()) + request.draft
+        if len(token_ids) > need:
+            raise ValueError(f"{name} has a draft of more tokens than its budget leaves")
         if min(token_ids) < 0 or max(token_ids) >= self._runner.vocab_size:
             raise ValueError(f"{name} holds a token outside the vocabulary of {self._runner.vocab_size}")
         if partial is None:
@@ -132,34 +138,75 @@ class TorchEngine(Engine):
     def _admit(self) -> list[Completion]:
         """Move requests from the queue into slots and draw their first new token."""
         slots = self._slots
-        admitted: dict[tuple[int, ...], list[Running]] = {}  # tokens to prefill -> who needs them
+        # tokens to prefill, and how many of them are a draft -> who needs them
+        admitted: dict[tuple[tuple[int, ...], int], list[Running]] = {}
         num_tokens = 0
         while self._waiting and slots.num_free:
             running = self._waiting[0]
             sequence = running.sequence()
-            if sequence not in admitted:
+            key = sequence, len(running.request.draft)
+            if key not in admitted:
                 if admitted and num_tokens + len(sequence) > _PREFILL_TOKENS:
                     break
                 num_tokens += len(sequence)
             self._waiting.popleft()
             slots.add(running, cached=len(sequence), version=self._version)
-            admitted.setdefault(sequence, []).append(running)
-        sequences = list(admitted)
-        hidden = self._runner.prefill(sequences, [group[0].slot for group in admitted.values()])
-        for sequence, group in admitted.items():
+            admitted.setdefault(key, []).append(running)
+        sequences = [sequence for sequence, _ in admitted]
+        num_drawn = [num_draft + 1 for _, num_draft in admitted]
+        hidden = self._runner.prefill(sequences, [group[0].slot for group in admitted.values()], num_drawn)
+        for (sequence, _), group in admitted.items():
             if len(group) > 1:
                 self._runner.copy_prefix(group[0].slot, [running.slot for running in group[1:]], len(sequence))
         self.stats.num_tokens_prefilled += num_tokens
+        if max(num_drawn) > 1:
+            return self._verify(hidden, num_drawn, list(admitted.values()))
         where = np.array([running.slot for group in admitted.values() for running in group])
         order = [row for row, group in enumerate(admitted.values()) for _ in group]
         logits = self._runner.logits(hidden)[torch.tensor(order, device=hidden.device)]
         return self._append(where, *self._draw(logits, where))
 
-    def _draw(self, logits: torch.Tensor, rows: slice | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the next token of some slots, and its log-probability. logits: [len(rows), vocab]."""
+    def _verify(
+        self, hidden: torch.Tensor, num_drawn: Sequence[int], groups: Sequence[Sequence[Running]]
+    ) -> list[Completion]:
+        """Draw every token along the drafts of slots that were just filled, and keep what is equal.
+
+        hidden: [sum(num_drawn), hidden], what each group of requests with one sequence draws from.
+        """
+        starts = np.cumsum([0, *num_drawn])
+        members = [(running, start, num) for group, start, num in zip(groups, starts, num_drawn, strict=False)
+                   for running in group]  # fmt: skip
+        sources = np.concatenate([np.arange(start, start + num) for _, start, num in members])  # [num_rows]
+        ahead = np.concatenate([np.arange(num) for _, _, num in members])
+        where = np.repeat([running.slot for running, _, _ in members], [num for _, _, num in members])
+        parts = []
+        for first in range(0, len(sources), _DRAWN_ROWS):
+            rows = slice(first, first + _DRAWN_ROWS)
+            source = torch.from_numpy(sources[rows]).to(hidden.device)
+            parts.append(self._draw(self._runner.logits(hidden[source]), where[rows], ahead[rows]))
+        tokens, logprobs = (np.concatenate(part) for part in zip(*parts, strict=True))
+        finished: list[tuple[Running, FinishReason]] = []
+        ends = np.cumsum([num for _, _, num in members])
+        for (running, _, num), end in zip(members, ends, strict=True):
+            before = int(self._slots.generated[running.slot])
+            kept, reason = self._slots.verify(running, tokens[end - num : end], logprobs[end - num : end])
+            self.stats.num_draft_tokens += num - 1
+            self.stats.num_draft_tokens_kept += kept
+            self.stats.num_tokens_generated += int(self._slots.generated[running.slot]) - before - kept
+            if reason is not None:
+                finished.append((running, reason))
+        return self._finish(finished)
+
+    def _draw(
+        self, logits: torch.Tensor, rows: slice | np.ndarray, ahead: np.ndarray | int = 0
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return the next token of some slots, and its log-probability. logits: [len(rows), vocab].
+
+        ahead: tokens between what a slot has and the drawn one, [len(rows)].
+        """
         slots = self._slots
         settings = slots.temperature[rows], slots.top_k[rows], slots.top_p[rows]
-        columns = slots.seeds[rows], slots.generated[rows], *settings
+        columns = slots.seeds[rows], slots.generated[rows] + ahead, *settings
         tensors = (torch.from_numpy(column).to(logits.device) for column in columns)
         tokens, logprobs = sample(logits, *tensors, mode=Mode.of(*settings))
         return tokens.cpu().numpy(), logprobs.cpu().numpy()

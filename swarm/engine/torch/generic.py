@@ -181,7 +181,7 @@ class GenericRunner(ModelRunner):
         self.device, self.vocab_size = model.device, model.config.get_text_config().vocab_size
         self._model = copy.deepcopy(model).eval()
         takes = inspect.signature(self._model.forward).parameters
-        self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+        self._takes_num_kept = "logits_to_keep" in takes
         tokens = [7 * index % self.vocab_size for index in range(min(_CHECKED_TOKENS, capacity))]
         expected = self._model(torch.tensor([tokens], device=self.device)).logits[0, -2:]
         self._model.set_attn_implementation(_NAME)
@@ -204,8 +204,8 @@ class GenericRunner(ModelRunner):
             name = type(self._model).__name__
             raise ModelError(f"the torch engine does not compute what {name} computes; choose another --model")
 
-    def _forward(self, tokens: torch.Tensor, current: _Pass, *, decoding: bool) -> torch.Tensor:
-        """tokens: [batch, num_new]. returns: the logits after the last token, [batch, vocab]."""
+    def _forward(self, tokens: torch.Tensor, current: _Pass, *, decoding: bool, num_last: int = 1) -> torch.Tensor:
+        """tokens: [batch, num_new]. returns: the logits after the last tokens, [batch, num_last, vocab]."""
         self._cache.current, current.decoding = current, decoding
         _cache_of_pass.append(self._cache)
         try:
@@ -214,28 +214,32 @@ class GenericRunner(ModelRunner):
                 position_ids=current.positions,
                 past_key_values=self._cache,
                 use_cache=True,
-                **self._last_only,
+                **({"logits_to_keep": num_last} if self._takes_num_kept else {}),
             )
         finally:
             _cache_of_pass.pop()
             self._cache.current = None
-        logits: torch.Tensor = out.logits[:, -1]
+        logits: torch.Tensor = out.logits[:, -num_last:]
         return logits
 
-    def prefill(self, sequences: Sequence[Sequence[int]], slots: Sequence[int]) -> torch.Tensor:
+    def prefill(
+        self, sequences: Sequence[Sequence[int]], slots: Sequence[int], num_last: Sequence[int] | None = None
+    ) -> torch.Tensor:
         """Fill slots, on a CPU one by one, elsewhere all of one length together; see ModelRunner."""
+        num_last = num_last or [1] * len(sequences)
         batches: dict[int, list[int]] = {}
         for index, sequence in enumerate(sequences):
             batches.setdefault(index if self.device.type == "cpu" else len(sequence), []).append(index)
-        last, order = [], []
+        last: dict[int, torch.Tensor] = {}
         for members in batches.values():
             tokens = torch.tensor([list(sequences[index]) for index in members], device=self.device)
             places = torch.tensor([slots[index] for index in members], device=self.device)
             length = tokens.shape[1]
             positions = torch.arange(length, device=self.device).expand(tokens.shape)
-            last.append(self._forward(tokens, _Pass(places, positions, length, None), decoding=False))
-            order += members
-        return torch.cat(last)[torch.tensor(order).argsort().to(self.device)]
+            current, most = _Pass(places, positions, length, None), max(num_last[index] for index in members)
+            logits = self._forward(tokens, current, decoding=False, num_last=most)
+            last.update((index, rows[most - num_last[index] :]) for index, rows in zip(members, logits, strict=True))
+        return torch.cat([last[index] for index in range(len(sequences))])
 
     def decode(self, tokens: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
         """Append one token to each slot; see ModelRunner."""
@@ -250,7 +254,7 @@ class GenericRunner(ModelRunner):
         self, tokens: torch.Tensor, positions: torch.Tensor, longest: int, lengths: Sequence[int] | None
     ) -> torch.Tensor:
         slots = torch.arange(len(tokens), device=self.device)
-        return self._forward(tokens[:, None], _Pass(slots, positions[:, None], longest, lengths), decoding=True)
+        return self._forward(tokens[:, None], _Pass(slots, positions[:, None], longest, lengths), decoding=True)[:, 0]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """The model's own forward pass has applied its head; see ModelRunner."""

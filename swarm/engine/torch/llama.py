@@ -27,7 +27,7 @@ from swarm.engine.torch.attention import (
     rectangles,
 )
 from swarm.engine.torch.linear import PackedLinear
-from swarm.engine.torch.runner import ModelRunner
+from swarm.engine.torch.runner import ModelRunner, last_rows
 
 __all__ = ["LlamaRunner", "LlamaShape"]
 
@@ -253,7 +253,9 @@ class LlamaRunner(ModelRunner):
             hidden = self._feed_forward(layer, hidden)
         return torch.rms_norm(hidden, hidden.shape[-1:], self.final_norm, self.epsilon)
 
-    def prefill(self, sequences: Sequence[Sequence[int]], slots: Sequence[int]) -> torch.Tensor:
+    def prefill(
+        self, sequences: Sequence[Sequence[int]], slots: Sequence[int], num_last: Sequence[int] | None = None
+    ) -> torch.Tensor:
         """Fill slots with whole sequences; see ModelRunner."""
         lengths = [len(sequence) for sequence in sequences]
         tokens = torch.tensor([token for sequence in sequences for token in sequence], device=self.device)
@@ -273,7 +275,7 @@ class LlamaRunner(ModelRunner):
                 attended = attend_prefill(query.transpose(0, 1), keys, values, lengths, scale=1.0)
             hidden = layer.out.plus(attended.to(self.dtype), hidden)
             hidden = self._feed_forward(layer, hidden)
-        last = (torch.tensor(lengths).cumsum(0) - 1).to(self.device)
+        last = last_rows(lengths, num_last).to(self.device)
         return torch.rms_norm(hidden[last], hidden.shape[-1:], self.final_norm, self.epsilon)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from swarm.engine.torch.llama import LlamaRunner, LlamaShape
-from swarm.engine.torch.runner import ModelRunner
+from swarm.engine.torch.runner import ModelRunner, last_rows
 from swarm.native import Kernels, huge_pages, kernels
 
 __all__ = ["NativeRunner"]
@@ -190,14 +190,16 @@ class NativeRunner(ModelRunner):
         """Append one token to each slot; see ModelRunner."""
         return self._forward(tokens, self._places[: len(lengths)], torch.tensor(lengths))
 
-    def prefill(self, sequences: Sequence[Sequence[int]], slots: Sequence[int]) -> torch.Tensor:
+    def prefill(
+        self, sequences: Sequence[Sequence[int]], slots: Sequence[int], num_last: Sequence[int] | None = None
+    ) -> torch.Tensor:
         """Fill slots with whole sequences; see ModelRunner."""
         lengths = torch.tensor([len(sequence) for sequence in sequences])
         tokens = torch.tensor([token for sequence in sequences for token in sequence])
         positions = torch.cat([torch.arange(length) for length in lengths.tolist()])
         places = self._places[torch.tensor(slots)]
         hidden = self._forward(tokens, places.repeat_interleave(lengths), positions)
-        return hidden[lengths.cumsum(0) - 1]
+        return hidden[last_rows(lengths.tolist(), num_last)]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Apply the language model head; see ModelRunner."""

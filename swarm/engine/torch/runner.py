@@ -12,9 +12,18 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
-__all__ = ["ModelRunner"]
+__all__ = ["ModelRunner", "last_rows"]
+
+
+def last_rows(lengths: Sequence[int], num_last: Sequence[int] | None) -> torch.Tensor:
+    """Return which rows are the last ones of sequences that lie one after another, int64 [sum(num_last)]."""
+    if num_last is None or max(num_last) == 1:
+        return torch.tensor(lengths).cumsum(0) - 1
+    ends = np.cumsum(lengths)
+    return torch.from_numpy(np.concatenate([np.arange(e - n, e) for e, n in zip(ends, num_last, strict=True)]))
 
 
 class ModelRunner(ABC):
@@ -33,10 +42,13 @@ class ModelRunner(ABC):
         """Whether this runner computes the model exactly."""
 
     @abstractmethod
-    def prefill(self, sequences: Sequence[Sequence[int]], slots: Sequence[int]) -> torch.Tensor:
+    def prefill(
+        self, sequences: Sequence[Sequence[int]], slots: Sequence[int], num_last: Sequence[int] | None = None
+    ) -> torch.Tensor:
         """Fill each slot with a whole sequence from position 0.
 
-        returns: [num_sequences, hidden], the state after each sequence's last token, for `logits`.
+        num_last: of each sequence, at least 1; None: 1. returns: [sum(num_last), hidden], the states after so many last
+        tokens of each sequence, for `logits`.
         """
 
     @abstractmethod

@@ -32,9 +32,9 @@ class Running:
         return cls(request, request.partial.segments if request.partial else ())
 
     def sequence(self) -> tuple[int, ...]:
-        """Tokens to prefill: the prompt and what has been written."""
+        """Tokens to prefill: the prompt, what has been written, and what may come next."""
         partial = self.request.partial
-        return self.request.prompt_ids + partial.token_ids if partial else self.request.prompt_ids
+        return self.request.prompt_ids + (partial.token_ids if partial else ()) + self.request.draft
 
     def unstarted(self) -> Completion:
         """What a request that has no slot holds."""
@@ -42,7 +42,7 @@ class Running:
 
     def resumed(self, partial: Completion) -> "Running":
         """The same request, to be continued from `partial`."""
-        return Running.of(replace(self.request, partial=partial if partial.token_ids else None))
+        return Running.of(replace(self.request, partial=partial if partial.token_ids else None, draft=()))
 
 
 class Slots:
@@ -119,6 +119,37 @@ class Slots:
         stopped = np.isin(tokens, self._eos) & self._heeds_eos[rows]
         ended = (stopped | (generated >= self._budget[rows])).nonzero()[0]
         return [(self._running[index[row]], "stop" if stopped[row] else "length") for row in ended]
+
+    def until_end(self, request: Request) -> Request:
+        """Cut a draft after the token that would end the completion."""
+        if request.sampling.ignore_eos:
+            return request
+        ends = np.isin(request.draft, self._eos).nonzero()[0]
+        return replace(request, draft=request.draft[: ends[0] + 1]) if len(ends) else request
+
+    def verify(
+        self, running: Running, tokens: np.ndarray, logprobs: np.ndarray
+    ) -> tuple[int, Literal["stop", "length"] | None]:
+        """Write what a policy draws along a draft, up to its first own token, which is kept as well.
+
+        tokens, logprobs: [len(draft) + 1], drawn after the draft's first 0, 1, … tokens. Returns how many tokens of the
+        draft were kept, and why the completion has finished, if it has.
+        """
+        slot, draft = running.slot, np.array(running.request.draft, dtype=np.int64)
+        differs = (tokens[:-1] != draft).nonzero()[0]
+        kept = int(differs[0]) if len(differs) else len(draft)
+        before = int(self.generated[slot])
+        num = min(kept + 1, int(self._budget[slot]) - before)
+        ends = np.isin(tokens[:num], self._eos).nonzero()[0] if self._heeds_eos[slot] else ()
+        if len(ends):
+            num = int(ends[0]) + 1
+        total = before + num
+        self._tokens[slot, before:total], self._logprobs[slot, before:total] = tokens[:num], logprobs[:num]
+        self.last_tokens[slot], self.generated[slot] = tokens[num - 1], total
+        self.cached[slot] = len(running.request.prompt_ids) + total - 1
+        if len(ends):
+            return kept, "stop"
+        return kept, "length" if total >= self._budget[slot] else None
 
     def completion(self, running: Running, reason: FinishReason) -> Completion:
         """Return what a slot holds."""
