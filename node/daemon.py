@@ -29,12 +29,12 @@ from node.metrics import MovingAverage, peak_rss_bytes
 from node.recorder import RoundKeeper
 from swarm import sapo
 from swarm.evaluation import evaluate
-from swarm.trainer import UpdateStats
 from swarm.types import RolloutGroup, TrainingBatch
 
 if TYPE_CHECKING:
     from node.parts import Parts
     from swarm.scoring import Outcome
+    from swarm.trainer import UpdateStats
 
 __all__ = ["MOVING_AVERAGE_ROUNDS", "Node"]
 
@@ -150,7 +150,7 @@ class Node:
                 row["pass_at_1_heldout"] = await self._in_torch(self._evaluate)
         await self._record(row, batch, meter)
 
-    async def _update(self, batch: TrainingBatch) -> UpdateStats | None:
+    async def _update(self, batch: TrainingBatch) -> "UpdateStats | None":
         """Learn from a batch; a batch in which every group has advantage zero teaches nothing."""
         await self.recorder.settle()  # a checkpoint may still be reading the tensors
         self._trained_round = self.recorder.last_round + 1
@@ -175,7 +175,7 @@ class Node:
         self.display.round(row)
 
     def _describe(
-        self, round_index: int, own: list[RolloutGroup], stats: UpdateStats | None, outcomes: "Counter[Outcome]"
+        self, round_index: int, own: list[RolloutGroup], stats: "UpdateStats | None", outcomes: "Counter[Outcome]"
     ) -> dict[str, Any]:
         """Return the part of the round's row that does not depend on the machine."""
         row: dict[str, Any] = {"round": round_index, **describe_groups(own, self.config.sapo)}
@@ -190,11 +190,15 @@ class Node:
         return row
 
     async def _start(self) -> None:
-        """Build the parts, bring them to the last good state, and evaluate a policy that has not learned yet."""
+        """Join, build the parts, bring them to the last good state, and evaluate a policy that has not learned yet.
+
+        Joining comes first: others find the node, and it them, while the model is loaded.
+        """
         self._enter("start")
+        await self.exchange.start()
         self._parts = await self._in_torch(self._build_parts, self.config, self.stopping)
+        self.exchange.attach(self._parts)
         self.display.loaded()
-        await self.exchange.start(self._parts)
         self._enter("replay")
         restored = await self._in_torch(self.recorder.restore, self.parts.trainer, self.stopping.is_set)
         for note in restored.notes:

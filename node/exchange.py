@@ -22,8 +22,12 @@ class Exchange(ABC):
     """Shares scored groups with peers. No method waits for a peer."""
 
     @abstractmethod
-    async def start(self, parts: "Parts") -> None:
-        """Begin to look for peers. Raises an error of `protocol` where that is impossible."""
+    async def start(self) -> None:
+        """Begin to look for peers, before anything else is loaded. Raises an error of `protocol` where it cannot."""
+
+    @abstractmethod
+    def attach(self, parts: "Parts") -> None:
+        """Judge from now on what peers wrote, with what this node has loaded. Called once, after `start`."""
 
     @abstractmethod
     async def wait_failed(self) -> None:
@@ -53,8 +57,11 @@ class Exchange(ABC):
 class SiloExchange(Exchange):
     """An exchange that has no peers."""
 
-    async def start(self, parts: "Parts") -> None:
+    async def start(self) -> None:
         """Nothing: nobody is there."""
+
+    def attach(self, parts: "Parts") -> None:
+        """Nothing: there is nothing to judge."""
 
     async def wait_failed(self) -> None:
         """Wait for what cannot happen."""

@@ -8,11 +8,14 @@ import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from swarm.advantage import group_advantages
 from swarm.config import SapoConfig
-from swarm.trainer import UpdateStats
 from swarm.types import RolloutGroup, TrainingBatch
+
+if TYPE_CHECKING:
+    from swarm.trainer import UpdateStats
 
 __all__ = ["RoundMeter", "describe_external", "describe_groups", "describe_update"]
 
@@ -73,7 +76,7 @@ def describe_external(num_own: int, external: Sequence[RolloutGroup], batch: Tra
     }
 
 
-def describe_update(stats: UpdateStats | None) -> dict[str, float | None]:
+def describe_update(stats: "UpdateStats | None") -> dict[str, float | None]:
     """Return what an update did; nulls where a round had nothing to learn from."""
     if stats is None:
         return dict.fromkeys(("loss", "grad_norm", "clip_fraction", "tis_mean", "learning_rate"), None)

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from node.interrupt import Interrupted
 from node.metrics import MetricsFile, read_rows
@@ -20,8 +20,10 @@ from swarm.checkpoint import Checkpoint, Checkpoints
 from swarm.config import CheckpointConfig
 from swarm.errors import CheckpointError
 from swarm.journal import Journal, JournalRecord
-from swarm.trainer import Trainer
 from swarm.types import TrainingBatch
+
+if TYPE_CHECKING:
+    from swarm.trainer import Trainer
 
 __all__ = ["Recorder", "Restored", "RoundKeeper"]
 
@@ -45,7 +47,7 @@ class RoundKeeper(Protocol):
     def last_round(self) -> int:
         """The last finished round."""
 
-    def restore(self, trainer: Trainer, interrupted: Callable[[], bool]) -> Restored:
+    def restore(self, trainer: "Trainer", interrupted: Callable[[], bool]) -> Restored:
         """Bring the trainer to the last good state."""
 
     async def append(self, round_index: int, batch: TrainingBatch, row: Mapping[str, Any]) -> None:
@@ -54,10 +56,10 @@ class RoundKeeper(Protocol):
     async def settle(self) -> None:
         """Wait until nothing reads the trainer's tensors."""
 
-    def checkpoint_if_due(self, trainer: Trainer) -> None:
+    def checkpoint_if_due(self, trainer: "Trainer") -> None:
         """Begin to keep the trainer's state, if it is time."""
 
-    async def final_checkpoint(self, trainer: Trainer, within_s: float | None = None) -> None:
+    async def final_checkpoint(self, trainer: "Trainer", within_s: float | None = None) -> None:
         """Keep the trainer's state of the last round."""
 
     async def close(self) -> None:
@@ -88,7 +90,7 @@ class Recorder:
         """The last finished round."""
         return self._journal.last_round
 
-    def restore(self, trainer: Trainer, interrupted: Callable[[], bool]) -> Restored:
+    def restore(self, trainer: "Trainer", interrupted: Callable[[], bool]) -> Restored:
         """Bring the trainer to the last good state and make journal and metrics end there.
 
         Raises Interrupted if `interrupted` says so between two updates; the disk is as it was then.
@@ -133,13 +135,13 @@ class Recorder:
             checkpoint, self._checkpoint = self._checkpoint, None
             await checkpoint
 
-    def checkpoint_if_due(self, trainer: Trainer) -> None:
+    def checkpoint_if_due(self, trainer: "Trainer") -> None:
         """Begin to write a checkpoint if the last one is long enough ago."""
         interval_s = max(self._config.interval_s, (self._write_s or 0.0) / _MAX_COST)
         if self._checkpoint is None and self._clock() - self._last_checkpoint_at >= interval_s:
             self._begin_checkpoint(trainer)
 
-    async def final_checkpoint(self, trainer: Trainer, within_s: float | None = None) -> None:
+    async def final_checkpoint(self, trainer: "Trainer", within_s: float | None = None) -> None:
         """Write a checkpoint of the last round, unless it has one, or it would take longer than `within_s`."""
         await self.settle()
         if self._last_checkpoint_round == self.last_round:
@@ -160,13 +162,13 @@ class Recorder:
             sync, self._sync = self._sync, None
             await sync
 
-    def _expected_write_s(self, trainer: Trainer) -> float:
+    def _expected_write_s(self, trainer: "Trainer") -> float:
         if self._write_s is not None:
             return self._write_s
         num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in trainer.state_tensors().values())
         return num_bytes / _SLOW_DISK_BYTES_PER_S
 
-    def _begin_checkpoint(self, trainer: Trainer) -> None:
+    def _begin_checkpoint(self, trainer: "Trainer") -> None:
         checkpoint = Checkpoint(self.last_round, trainer.state_tensors(), trainer.state_meta())
         loop = asyncio.get_running_loop()
         self._checkpoint = loop.run_in_executor(self._disk, self._write_checkpoint, checkpoint)

@@ -76,10 +76,15 @@ class RunFolder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Give the lock back, which would also end with the process; folders that nothing was put in go."""
+        """Give the lock back, which would also end with the process; folders in which nothing has begun go.
+
+        A node joins before its model is loaded: where that fails, nobody needs the identity that was made for it.
+        """
         if self._lock is not None:
-            if self.path in self._made and os.listdir(self.path) == [self._lock_path.name]:
-                self._lock_path.unlink()
+            of_no_use = {path.name for path in (self._lock_path, self.identity, self.swarm, self.listen)}
+            if self.path in self._made and of_no_use.issuperset(os.listdir(self.path)):
+                for name in os.listdir(self.path):
+                    (self.path / name).unlink()
                 for path in reversed(self._made):
                     try:
                         path.rmdir()

