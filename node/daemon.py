@@ -14,7 +14,7 @@ import hashlib
 import random
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import partial
@@ -66,7 +66,9 @@ class Node:
         self.clock = clock
         self.stopping = threading.Event()
         self.phase = "start"
-        self.rows: list[dict[str, Any]] = []
+        # The last ones, restored ones included: a run may have millions, and its metrics have all of them.
+        self.rows: deque[dict[str, Any]] = deque(maxlen=MOVING_AVERAGE_ROUNDS)
+        self.pass_at_1_heldout: float | None = None  # as of the last evaluation of a policy that has learned
         self._build_parts = build_parts
         self._torch = executor or ThreadPoolExecutor(max_workers=1, thread_name_prefix="torch")
         self._parts: Parts | None = None
@@ -171,8 +173,13 @@ class Node:
         row["elapsed_s"] = self._elapsed_s
         await self.recorder.append(row["round"], batch, row)
         self.recorder.checkpoint_if_due(self.parts.trainer)
-        self.rows.append(row)
+        self._note(row)
         self.display.round(row)
+
+    def _note(self, row: dict[str, Any]) -> None:
+        """Remember what is asked of the last rounds."""
+        self.rows.append(row)
+        self.pass_at_1_heldout = row.get("pass_at_1_heldout", self.pass_at_1_heldout)
 
     def _describe(
         self, round_index: int, own: list[RolloutGroup], stats: "UpdateStats | None", outcomes: "Counter[Outcome]"
@@ -203,14 +210,14 @@ class Node:
         restored = await self._in_torch(self.recorder.restore, self.parts.trainer, self.stopping.is_set)
         for note in restored.notes:
             self.display.note(note)
-        self.rows = restored.rows
         self._trained_round = restored.round_index
-        for row in self.rows:
+        for row in restored.rows:
+            self._note(row)
             self._average.add(row["reward_mean"])
         if self.rows:
             self._elapsed_s = self.rows[-1]["elapsed_s"]
             self._num_updates_skipped = self.rows[-1]["num_updates_skipped"]
-            self.display.resumed(self.rows)
+            self.display.resumed(restored.rows)
         if restored.round_index:
             await self._in_torch(self._load_policy)
         elif self.config.evaluation.num_items and not self.stopping.is_set():

@@ -22,6 +22,7 @@ from node.config import RunConfig, to_toml
 from node.control import Monitor
 from node.display import Display, JsonDisplay, PlainDisplay, RunInfo
 from node.exchange import Exchange
+from node.metrics import read_rows
 from node.run_folder import RunFolder, write_atomically
 from node.status import build_status, training_status
 from node.summary import model_label, print_summary, summarize, tasks_label, write_summary
@@ -93,7 +94,7 @@ def run_node(
             display.end()
             return _conclude(node, folder, command, stopped_by, MOVING_AVERAGE_ROUNDS, as_json=as_json)
     except TrainingDiverged as error:
-        write_summary(folder, summarize(config, node.rows, "diverged"))
+        write_summary(folder, summarize(config, read_rows(folder.metrics), "diverged"))
         raise TrainingDiverged(
             f"training diverged after round {node.recorder.last_round} ({error}); its policy is intact: "
             f"`swarm-node export {shlex.quote(str(folder.path))} FOLDER`, then start again with --model FOLDER "
@@ -203,15 +204,16 @@ def _conclude(
     """Write the summary and, of a finished run, the picture; say what there is."""
     console = Console(stderr=as_json)
     name = stopped_by.name if stopped_by is not None else "finished"
-    summary = summarize(node.config, node.rows, name)
+    rows = read_rows(folder.metrics)
+    summary = summarize(node.config, rows, name)
     write_summary(folder, summary)
     if stopped_by is not None:
         print(_stopped_line(node, folder, command), file=sys.stderr, flush=True)
         return 128 + stopped_by
-    if node.rows:
+    if rows:
         from node.plot import plot_rewards
 
-        plot_rewards(node.rows, f"{model_label(node.config)} on {tasks_label(node.config)}", window, folder.picture)
+        plot_rewards(rows, f"{model_label(node.config)} on {tasks_label(node.config)}", window, folder.picture)
     print_summary(console, folder, summary)
     return FINISHED
 

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 __all__ = ["SCHEMA_VERSION", "build_status", "training_status", "warnings_of"]
 
 SCHEMA_VERSION: Final = 1
-_WINDOW_ROUNDS: Final = 20
 _MANY_MISSING: Final = 0.5  # share of external groups that were missing, from which on it is worth a word
 _MANY_REJECTED: Final = 0.2  # rejected things for every admitted group, likewise
 
@@ -47,9 +46,8 @@ def build_status(
 
 def training_status(node: "Node", model: str, tasks: str) -> dict[str, Any]:
     """Return how far a run is, what its own completions earn, and what those of others do."""
-    rows = node.rows[-_WINDOW_ROUNDS:]
+    rows = list(node.rows)
     last = rows[-1] if rows else {}
-    heldout = [row["pass_at_1_heldout"] for row in node.rows if "pass_at_1_heldout" in row]
     return {
         "model": model,
         "tasks": tasks,
@@ -58,7 +56,7 @@ def training_status(node: "Node", model: str, tasks: str) -> dict[str, Any]:
         "phase": node.phase,
         "num_local_wanted": node.config.sapo.num_local,
         "num_external_wanted": node.config.sapo.num_external,
-        "pass_at_1_heldout": heldout[-1] if heldout else None,
+        "pass_at_1_heldout": node.pass_at_1_heldout,
         "num_window_rounds": len(rows),
         "reward_own_mean": _mean(rows, "reward_mean"),
         "reward_external_mean": _mean(rows, "reward_external_mean"),

@@ -5,6 +5,8 @@ import re
 import pytest
 import torch
 
+from node.config import RunConfig
+from node.daemon import MOVING_AVERAGE_ROUNDS
 from node.exchange import SiloExchange
 from node.interrupt import Interrupted
 from node.metrics import read_rows
@@ -33,7 +35,18 @@ def test_a_run_leaves_one_row_a_round_with_the_promised_fields(harness):
     assert "pass_at_1_heldout_before" in rows[0]
     assert node.finished
     assert run.parts.scorer.closed
-    assert node.rows == rows
+    assert list(node.rows) == rows
+
+
+def test_a_long_run_holds_no_more_than_its_last_rounds(harness):
+    config = RunConfig.model_validate({"rounds": 50, "evaluation": {"num_items": 5, "every_rounds": 4}})
+    run = harness(config=config)
+    for rounds in (30, 50):
+        again = harness(config=config.model_copy(update={"rounds": rounds}))
+        node = again.run()
+        assert [row["round"] for row in node.rows] == list(range(rounds - MOVING_AVERAGE_ROUNDS + 1, rounds + 1))
+        assert node.pass_at_1_heldout == read_rows(run.folder.metrics)[-1]["pass_at_1_heldout"]
+    assert len(read_rows(run.folder.metrics)) == 50
 
 
 def test_a_row_counts_what_happened(harness):
