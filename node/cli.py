@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import click
 
 from node.cli_swarm import add_commands
+from node.experiment.cli import experiment
 from node.openmp import choose_waiting
 from node.options import RUNS, in_run_folder, layers_of, with_run, with_settings
 
@@ -186,6 +187,7 @@ def _print_settings(resolved: "ResolvedConfig", *, origin: bool, describe: bool)
 
 
 add_commands(cli)
+cli.add_command(experiment)
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -26,6 +26,7 @@ __all__ = [
     "ConfigError",
     "Layer",
     "ResolvedConfig",
+    "flatten_tables",
     "parse_task_sources",
     "read_assignments",
     "read_environment",
@@ -103,7 +104,7 @@ def read_toml(path: Path) -> Layer:
         raise ConfigError(f"there is no configuration file {path}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read the configuration file {path}: {error}") from None
-    values = _flatten(tables)
+    values = flatten_tables(tables)
     lines = _lines_of_keys(text)
     origins = {name: f"{path}:{lines[name]}" for name in values if name in lines}
     return Layer(str(path), values, origins)
@@ -116,13 +117,13 @@ def _syntax_message(path: Path, text: str, message: str) -> str:
     return f"{path}:{line}: not valid TOML: {reason if found else message}"
 
 
-def _flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, object]:
+def flatten_tables(table: Mapping[str, Any], prefix: str = "") -> dict[str, object]:
     """Flatten tables as far as the settings are nested; a setting that is itself a table stays whole."""
     values: dict[str, object] = {}
     for key, value in table.items():
         name = f"{prefix}{key}"
         if isinstance(value, Mapping) and name not in _FIELDS:
-            values.update(_flatten(value, f"{name}."))
+            values.update(flatten_tables(value, f"{name}."))
         else:
             values[name] = value
     return values
@@ -186,7 +187,7 @@ def resolve(layers: Iterable[Layer], preset: Callable[[str], Mapping[str, Any]] 
     for layer in given:
         lay(layer)
     model_name = str(values.get("model.name", RunConfig().model.name))
-    lay(Layer(f"preset {model_name}", _flatten(preset(model_name))))
+    lay(Layer(f"preset {model_name}", flatten_tables(preset(model_name))))
     try:
         config = RunConfig.model_validate(_nest(_with_absolute_paths(values)))
     except ValidationError as error:  # of settings that are each possible and not together

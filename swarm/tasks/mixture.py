@@ -6,6 +6,7 @@ every node that has the same config, whatever its seed.
 """
 
 import bisect
+import copy
 import functools
 import itertools
 import json
@@ -59,10 +60,19 @@ class TaskSet:
         self.sources: tuple[TaskSource, ...] = tuple(sources)
         self._cumulative = list(itertools.accumulate(weights))
         self._heldout_fraction = heldout_fraction
+        self._heldout_lists: dict[int, list[Task]] = {}
+        self._use_seed(seed)
+
+    def with_seed(self, seed: int) -> "TaskSet":
+        """Return the same mixture, asked in the order of another seed; both share what no seed changes."""
+        other = copy.copy(self)
+        other._use_seed(seed)
+        return other
+
+    def _use_seed(self, seed: int) -> None:
         self._seed = seed
         self._train_seed = stable_hash("train stream", seed)
         self._train_order = functools.lru_cache(maxsize=_MAX_CACHED_ORDERS)(self._make_train_order)
-        self._heldout_lists: dict[int, list[Task]] = {}
 
     def train_batch(self, round_index: int, num_tasks: int, *, stride: int | None = None) -> list[Task]:
         """Return what a round asks: a function of config, seed and round. No question of it is held out.

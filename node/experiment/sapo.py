@@ -1,0 +1,52 @@
+"""One experiment from its plan to its figures, in one folder; an interrupted one goes on where it was."""
+
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+
+from node.experiment.plan import Plan
+from node.experiment.record import refuse_other_unit, unit_path
+from node.experiment.report import table, write_report
+from node.experiment.results import write_plan
+from node.experiment.running import RunningUnit, SimulatedUnit, run_units
+from node.experiment.units import Unit
+from node.run_folder import RunFolder
+
+__all__ = ["run_experiment"]
+
+_INTERRUPTED = 130
+
+
+def run_experiment(plan: Plan, path: Path, *, num_jobs: int | None, as_json: bool) -> int:
+    """Run what is missing of an experiment and report all of it. Returns the exit status."""
+    out = sys.stderr if as_json else sys.stdout
+    mode = "memory"
+    with RunFolder(path) as folder:
+        folder.refuse_occupied()
+        done = [unit for unit in plan.units if unit_path(path, unit).exists()]
+        for unit in done:
+            refuse_other_unit(unit_path(path, unit), unit, mode)
+        write_plan(path, plan, mode)
+        missing = [unit for unit in plan.units if unit not in done]
+        print(f"{len(missing)} of {len(plan.units)} units are to be run; writing to {path}", file=out, flush=True)
+
+        def begin(unit: Unit) -> RunningUnit:
+            return SimulatedUnit(unit, path)
+
+        try:
+            run_units(missing, num_jobs or _num_cores(), begin, len(done), out)
+        except KeyboardInterrupt:
+            print(f"stopped; the same command with --run-dir {shlex.quote(str(path))} goes on", file=sys.stderr)
+            return _INTERRUPTED
+        summary = write_report(path)
+    if as_json:
+        print(json.dumps(summary, allow_nan=False), flush=True)
+    else:
+        print(f"\n{table(summary)}\nwritten to {path}: results.md, results.json, and the figures", flush=True)
+    return 0
+
+
+def _num_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
