@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import msgpack
-import numpy as np
 
+from swarm.compact import pack_floats, pack_ids, unpack_floats, unpack_ids
 from swarm.errors import CheckpointError
 from swarm.types import TrainingBatch, TrainingGroup
 
@@ -178,32 +178,13 @@ def _clear_errors(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _pack_floats(values: tuple[float, ...]) -> bytes:
-    """Pack exactly: as float32 where that loses nothing, which is told apart by a leading byte."""
-    exact = np.asarray(values, dtype="<f8")
-    short = exact.astype("<f4")
-    return b"f" + short.tobytes() if np.array_equal(short, exact, equal_nan=True) else b"d" + exact.tobytes()
-
-
-def _unpack_floats(data: bytes) -> tuple[float, ...]:
-    return tuple(np.frombuffer(data[1:], dtype="<f4" if data[:1] == b"f" else "<f8").astype("f8").tolist())
-
-
-def _pack_ids(ids: tuple[int, ...]) -> bytes:
-    return np.asarray(ids, dtype="<u4").tobytes()
-
-
-def _unpack_ids(data: bytes) -> tuple[int, ...]:
-    return tuple(np.frombuffer(data, dtype="<u4").tolist())
-
-
 def _to_plain(record: JournalRecord) -> dict[str, Any]:
     groups = [
         {
-            "prompt": _pack_ids(group.prompt_ids),
-            "completions": [_pack_ids(ids) for ids in group.completion_ids],
-            "advantages": _pack_floats(group.advantages),
-            "logprobs": [None if values is None else _pack_floats(values) for values in group.behavior_logprobs],
+            "prompt": pack_ids(group.prompt_ids),
+            "completions": [pack_ids(ids) for ids in group.completion_ids],
+            "advantages": pack_floats(group.advantages),
+            "logprobs": [None if values is None else pack_floats(values) for values in group.behavior_logprobs],
         }
         for group in record.batch.groups
     ]
@@ -213,10 +194,10 @@ def _to_plain(record: JournalRecord) -> dict[str, Any]:
 def _from_plain(plain: Mapping[str, Any]) -> JournalRecord:
     groups = tuple(
         TrainingGroup(
-            prompt_ids=_unpack_ids(group["prompt"]),
-            completion_ids=tuple(_unpack_ids(ids) for ids in group["completions"]),
-            advantages=_unpack_floats(group["advantages"]),
-            behavior_logprobs=tuple(None if data is None else _unpack_floats(data) for data in group["logprobs"]),
+            prompt_ids=unpack_ids(group["prompt"]),
+            completion_ids=tuple(unpack_ids(ids) for ids in group["completions"]),
+            advantages=unpack_floats(group["advantages"]),
+            behavior_logprobs=tuple(None if data is None else unpack_floats(data) for data in group["logprobs"]),
         )
         for group in plain["groups"]
     )

@@ -1,0 +1,210 @@
+"""Active partial rollouts (APRIL, arXiv 2509.18521) over the engine contract: more groups in flight than a round needs.
+
+A run ends when its groups are whole; what else is in flight is aborted with its tokens, and goes on in the next run
+from its token ids with the budget that is left. Nothing is thrown away but what a new policy would not have written.
+
+    order       "submission"  a run returns the groups that were asked first; later ones are written ahead, in
+                              the slots that the tail of these leaves idle. A batch is then the batch of a synchronous
+                              run, so its lengths have that distribution over any window.
+                "arrival"     a run returns the groups that are whole first (the paper's). Short groups enter
+                              training early and long ones late; the age cap bounds how late.
+    recycling   "verify"      what an older policy wrote is a draft for the new one (`Request.draft`): a returned
+                              group is what the new policy writes from the start with the same noise.
+                "keep"        it is kept as it is, with its log-probabilities and versions; the trainer corrects.
+
+Departures from the paper: the unit is counted once and never dropped, also where groups become whole in the step
+that ends the run; a group has an age cap, at which a run waits for it; the order of submission is the default.
+What a group asks, and how many are in flight, is the collector's.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeAlias
+
+from swarm.engine.base import Engine, Request, SamplingParams
+from swarm.rollout.groups import Group, GroupKey, Member
+from swarm.types import Completion
+
+__all__ = ["GroupScheduler", "Order", "RunCounts"]
+
+Order: TypeAlias = Literal["submission", "arrival"]
+
+
+@dataclass(frozen=True, slots=True)
+class RunCounts:
+    """What one run did. A function of the requests and the weights, not of the machine."""
+
+    num_steps: int = 0
+    num_slot_steps: int = 0  # busy slots, summed over steps
+    num_tokens_generated: int = 0
+    num_tokens_resumed: int = 0  # written in earlier runs and given back to the engine, so prefilled
+    num_tokens_cut: int = 0  # of those, tokens that the new policy does not write
+    num_groups_in_flight: int = 0  # at the beginning
+    num_groups_recycled: int = 0  # returned ones that an earlier run had begun
+    num_tokens_recycled: int = 0  # that these had when the run began
+
+
+class GroupScheduler:
+    """Holds groups until they are whole. Owns every request of the engine while it runs, and none in between."""
+
+    def __init__(self, engine: Engine, *, order: Order, max_age: int, verifies: bool) -> None:
+        """max_age: runs or policy versions after which a run does not end without a group.
+
+        verifies: whether what older policies wrote is verified by the engine, or kept.
+        """
+        if verifies and not engine.verifies_drafts:
+            raise ValueError("this engine cannot verify drafts: what older policies wrote has to be kept")
+        self._engine, self._order, self._max_age, self._verifies = engine, order, max_age, verifies
+        self._groups: dict[GroupKey, Group] = {}
+        self._asked: dict[int, tuple[Group, Member]] = {}  # by request id, what the engine holds
+        self._held: set[int] = set()  # the members of these
+        self._next_request_id = 0
+        self._num_finished = 0
+        self._version = 0
+
+    def __len__(self) -> int:
+        """Groups that have been submitted and not returned."""
+        return len(self._groups)
+
+    def __contains__(self, key: GroupKey) -> bool:
+        """Whether a group has been submitted and not returned."""
+        return key in self._groups
+
+    @property
+    def groups(self) -> list[Group]:
+        """The groups that have been submitted and not returned, oldest first."""
+        return [self._groups[key] for key in sorted(self._groups)]
+
+    def submit(
+        self, key: GroupKey, prompt_ids: tuple[int, ...], seeds: Sequence[int], sampling: SamplingParams
+    ) -> None:
+        """Take a group. It is begun in the next run."""
+        if key in self._groups:
+            raise ValueError(f"group {key} has been submitted already")
+        members = [Member(seed) for seed in seeds]
+        self._groups[key] = Group(key, prompt_ids, sampling, members, self._engine.policy_version)
+
+    def run(self, num_groups: int) -> tuple[list[Group], RunCounts]:
+        """Write until `num_groups` groups are whole; return them, oldest first. The rest is held.
+
+        Raises ValueError where fewer have been submitted.
+        """
+        if num_groups > len(self._groups):
+            raise ValueError(f"{num_groups} groups are to be returned, {len(self._groups)} have been submitted")
+        self._version = self._engine.policy_version
+        before, had = replace(self._engine.stats), {key: group.num_tokens for key, group in self._groups.items()}
+        self._asked.clear()
+        self._held.clear()
+        for group in self._groups.values():
+            group.finished_as = group.finished_as if self._is_whole(group) else 0
+        due = self._due(num_groups)
+        due_keys = {group.key for group in due}
+        ordered = sorted(self.groups, key=lambda one: (one.key not in due_keys, one.key[0], -one.expected_remaining()))
+        requests = [request for group in ordered for request in self._requests(group, is_due=group.key in due_keys)]
+        num_resumed = sum(len(one.draft) + len(one.partial.token_ids if one.partial else ()) for one in requests)
+        self._engine.submit(requests)
+        num_wanted = num_groups if self._order == "arrival" else 0
+        missing = {group.key for group in self._groups.values() if not self._arrived(group)}
+        while not missing.isdisjoint(due_keys) or len(self._groups) - len(missing) < num_wanted:
+            for completion in self._engine.step():
+                group = self._take(completion)
+                if self._arrived(group):
+                    missing.discard(group.key)
+                elif more := self._requests(group, is_due=group.key in due_keys):
+                    num_resumed += sum(len(request.draft) for request in more)
+                    self._engine.submit(more)
+        num_in_flight = len(self._groups)
+        for completion in self._engine.abort():
+            self._take(completion)
+        returned = self._return(due, num_groups)
+        for group in self._groups.values():
+            group.num_runs += 1
+        stats = self._engine.stats
+        recycled = [group for group in returned if had[group.key]]
+        return returned, RunCounts(
+            num_steps=stats.num_steps - before.num_steps,
+            num_slot_steps=stats.num_slot_steps - before.num_slot_steps,
+            num_tokens_generated=stats.num_tokens_generated - before.num_tokens_generated,
+            num_tokens_resumed=num_resumed,
+            num_tokens_cut=stats.num_draft_tokens - before.num_draft_tokens
+            - (stats.num_draft_tokens_kept - before.num_draft_tokens_kept),
+            num_groups_in_flight=num_in_flight,
+            num_groups_recycled=len(recycled),
+            num_tokens_recycled=sum(had[group.key] for group in recycled),
+        )  # fmt: skip
+
+    def state(self) -> list[dict[str, Any]]:
+        """Return the groups in flight as plain data, for the disk."""
+        return [group.to_plain() for group in self.groups]
+
+    def load_state(self, plain: Sequence[dict[str, Any]], sampling: SamplingParams) -> None:
+        """Hold the groups of `state` again, and no others."""
+        groups = [Group.from_plain(one, sampling) for one in plain]
+        self._groups = {group.key: group for group in groups}
+        self._num_finished = max((group.finished_as for group in groups), default=0)
+
+    def _due(self, num_groups: int) -> list[Group]:
+        """Return the groups without which the run does not end, oldest first."""
+        if self._order == "submission":
+            return self.groups[:num_groups]
+        late = [one for one in self.groups if one.finished_as or one.age(self._version) >= self._max_age]
+        return late[:num_groups]
+
+    def _is_whole(self, group: Group) -> bool:
+        """Whether a group can be returned."""
+        return all(
+            member.is_finished and (not self._verifies or member.is_of(self._version)) for member in group.members
+        )
+
+    def _arrived(self, group: Group) -> bool:
+        """Whether a group can be returned; the first time, it gets its place in the order of arrival."""
+        if not group.finished_as and self._is_whole(group):
+            self._num_finished += 1
+            group.finished_as = self._num_finished
+        return bool(group.finished_as)
+
+    def _return(self, due: Sequence[Group], num_groups: int) -> list[Group]:
+        """Take out the groups that are due, and those that were whole first."""
+        due_keys = {group.key for group in due}
+        whole = [group for group in self._groups.values() if group.finished_as]
+        whole.sort(key=lambda group: (group.key not in due_keys, group.finished_as))
+        chosen = sorted(whole[:num_groups], key=lambda group: group.key)
+        for group in chosen:
+            del self._groups[group.key]
+        return chosen
+
+    def _requests(self, group: Group, *, is_due: bool) -> list[Request]:
+        """Return requests for the members that have to be written or verified now and are not in the engine.
+
+        Finished members that an older policy wrote are verified with a group that is due, else when nothing of
+        the group is left to write; those of groups that are written ahead wait until they are due.
+        """
+        may_return = is_due or (self._order == "arrival" and group.is_finished)
+        requests = []
+        for member in group.members:
+            is_stale = self._verifies and not member.is_of(self._version)
+            if id(member) not in self._held and (not member.is_finished or (is_stale and may_return)):
+                requests.append(self._request(group, member, as_draft=is_stale))
+        return requests
+
+    def _request(self, group: Group, member: Member, *, as_draft: bool) -> Request:
+        self._next_request_id += 1
+        written = member.written
+        self._asked[self._next_request_id] = group, member
+        self._held.add(id(member))
+        return Request(
+            self._next_request_id,
+            group.prompt_ids,
+            member.seed,
+            group.sampling,
+            partial=None if as_draft else written,
+            draft=written.token_ids if as_draft and written is not None else (),
+        )
+
+    def _take(self, completion: Completion) -> Group:
+        """Keep what the engine gives back. A draft that it has not come to is still the member's own."""
+        group, member = self._asked.pop(completion.request_id)
+        self._held.discard(id(member))
+        if completion.token_ids:
+            member.written = completion
+        return group
