@@ -29,7 +29,7 @@ class HivemindSettings:
     nat_port_map: bool = True  # whether the router is asked to forward the ports (UPnP, NAT-PMP)
     auto_nat: bool = True  # whether peers are told if they can be reached from outside
     force_reachability: Literal["public", "private"] | None = None  # None: found out by auto_nat
-    startup_timeout_s: float = 15.0
+    startup_timeout_s: float = 60.0  # a busy machine takes long; what p2pd has to complain of comes at once
 
 
 async def choose_ports(listen: tuple[str, ...]) -> tuple[str, ...]:
