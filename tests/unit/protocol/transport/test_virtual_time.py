@@ -1,6 +1,7 @@
 import asyncio
 import socket
 import time
+import weakref
 
 import pytest
 
@@ -36,6 +37,40 @@ def test_timers_fire_in_the_order_of_their_times():
     fired = virtual_time.run(main())
     assert [delay_s for delay_s, _ in fired] == [1e-6, 1.0, 1.0 + 1e-6, 2.5, 3.0, 1e5]
     assert all(at_s == pytest.approx(delay_s, rel=1e-9) for delay_s, at_s in fired)
+
+
+def test_timers_of_one_time_fire_in_the_order_in_which_they_were_set():
+    async def main():
+        loop, fired = asyncio.get_running_loop(), []
+        at_s = loop.time() + 1
+        for number in range(50):
+            loop.call_at(at_s, fired.append, number)
+        await asyncio.sleep(2)
+        return fired
+
+    assert virtual_time.run(main()) == list(range(50))
+
+
+def test_cancelled_timers_neither_fire_nor_stay_in_memory():
+    async def main():
+        loop, fired = asyncio.get_running_loop(), []
+        kept = [loop.call_later(10 + number, fired.append, number) for number in range(20)]
+        cancelled = []
+        for _ in range(50):
+            timers = [loop.call_later(1000, fired.append, None) for _ in range(100)]
+            cancelled += [weakref.ref(timer) for timer in timers]
+            for timer in timers:
+                timer.cancel()
+            del timers, timer
+            await asyncio.sleep(0.01)
+        num_in_memory = sum(ref() is not None for ref in cancelled)
+        kept[3].cancel()
+        await asyncio.sleep(2000)
+        return fired, num_in_memory
+
+    fired, num_in_memory = virtual_time.run(main())
+    assert fired == [number for number in range(20) if number != 3]
+    assert num_in_memory < 500
 
 
 def test_a_timeout_is_virtual_too():
