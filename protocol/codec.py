@@ -24,6 +24,7 @@ __all__ = ["DIGEST_HEX_DIGITS", "decode", "digest", "encode", "pack_task_ref", "
 DIGEST_HEX_DIGITS = 32  # 128 bits of SHA-256
 
 _MIN_SIGNED = -(2**63)
+_TEXTS, _ARRAYS = (str, bytes), (list, tuple)
 
 # MessagePack's tags from 0xc0 to 0xdf: bytes of the length, bytes always there, bytes and values per unit of length.
 _SCALAR, _BINARY, _EXTENSION, _ARRAY, _MAP = (0, 0), (1, 0), (1, 0), (0, 1), (0, 2)
@@ -39,6 +40,15 @@ _LAYOUT = (
     *((n, 0, *_MAP) for n in (2, 4)),
 )
 _NOT_PLAIN = frozenset((0xC1, 0xC7, 0xC8, 0xC9, 0xCA, 0xCB, 0xD4, 0xD5, 0xD6, 0xD7, 0xD8, 0xDE, 0xDF))
+
+# Bytes of a plain scalar, where its tag says how many: integers, nil, booleans and short strings. 0 for all others.
+_STEPS = tuple(
+    1 if tag < 0x80 or tag >= 0xE0 or tag in (0xC0, 0xC2, 0xC3)
+    else 1 + (tag & 31) if 0xA0 <= tag < 0xC0
+    else 1 + _LAYOUT[tag - 0xC0][1] if 0xCC <= tag <= 0xD3
+    else 0
+    for tag in range(256)
+)  # fmt: skip
 
 
 def encode(value: object, *, max_bytes: int = MAX_RECORD_BYTES) -> bytes:
@@ -114,14 +124,13 @@ def _scan(data: bytes, max_values: int) -> bool:
     that are no MessagePack are not this function's to refuse: it reads as far as they make sense.
     """
     position, num_due, num_arrays, is_plain, size = 0, 1, 0, True, len(data)  # num_due: promised by arrays so far
-    for num_seen in range(1, max_values + 2):
+    for _ in range(max_values):
         if num_due == 0 or position >= size:
-            return is_plain and num_due == 0 and position == size and num_arrays <= MAX_DEPTH
-        if num_seen > max_values:
-            raise CodecError(f"a record of more than {max_values} values")
+            break
         tag = data[position]
-        if tag < 0x80 or tag >= 0xE0:  # an integer in the tag
-            position += 1
+        step = _STEPS[tag]
+        if step:
+            position += step
             num_due -= 1
         elif tag < 0xA0:  # a map or an array whose length is in the tag
             is_map = tag < 0x90
@@ -129,9 +138,6 @@ def _scan(data: bytes, max_values: int) -> bool:
             num_due += (tag & 15) * (2 if is_map else 1) - 1
             num_arrays += 1
             is_plain = is_plain and not is_map
-        elif tag < 0xC0:  # a string whose length is in the tag
-            position += 1 + (tag & 31)
-            num_due -= 1
         else:
             num_length_bytes, num_fixed_bytes, bytes_per_unit, values_per_unit = _LAYOUT[tag - 0xC0]
             length = int.from_bytes(data[position + 1 : position + 1 + num_length_bytes], "big")
@@ -139,24 +145,30 @@ def _scan(data: bytes, max_values: int) -> bool:
             num_due += length * values_per_unit - 1
             num_arrays += values_per_unit == 1
             is_plain = is_plain and tag not in _NOT_PLAIN
-    return False
+    else:
+        if num_due and position < size:
+            raise CodecError(f"a record of more than {max_values} values")
+    return is_plain and num_due == 0 and position == size and num_arrays <= MAX_DEPTH
 
 
 def _canonical(value: object, depth: int) -> object:
     """Return `value` with its keys in order, or raise CodecError; `depth` containers may still be opened."""
-    if value is None or isinstance(value, bool | str | bytes):
+    kind = type(value)
+    if kind is bytes or kind is str or kind is bool or value is None:
         return value
     if isinstance(value, int):
         if not _MIN_SIGNED <= value <= MAX_UINT64:
             raise CodecError(f"{value} does not fit 64 bits")
         return int(value)
+    if isinstance(value, _TEXTS):
+        return value
     if isinstance(value, float):
         if not math.isfinite(value):
             raise CodecError(f"{value} is not a finite number")
         return float(value)
     if depth == 0:
         raise CodecError(f"more than {MAX_DEPTH} containers within one another")
-    if isinstance(value, list | tuple):
+    if isinstance(value, _ARRAYS):
         return [_canonical(item, depth - 1) for item in value]
     if isinstance(value, Mapping):
         for key in value:

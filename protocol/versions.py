@@ -29,6 +29,8 @@ def peek_version(data: bytes) -> tuple[int, int] | None:
     It reads those bytes alone, so that a record of another major version is known for one, whatever follows.
     """
     if data[:1] and 0x92 <= data[0] <= 0x9F:
+        if len(data) > 2 and data[1] < 0x80 and data[2] < 0x80:  # so is nearly every record's
+            return data[1], data[2]
         position = 1
     elif data[:1] == b"\xdc":
         position = 3
