@@ -195,6 +195,8 @@ class Neighbours:
 
     async def _dial_some(self, num: int) -> None:
         """Connect to a few nodes of the directory, side by side."""
+        if num <= 0:
+            return
         now_s, chosen = self._local.clock(), list[tuple[str, str]]()
         used = Counter(link.source for link in self.outbound())
         exclude = {link.node_id for link in self.outbound()} | {self._local.node_id}
