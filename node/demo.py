@@ -1,20 +1,13 @@
 """`swarm-node demo`: a swarm on this machine, from real processes. One bootstrap, and nodes that learn together.
 
-The processes are what a person would start by hand, with `--json`, so that their rounds can be read. Each is in a
-session of its own: Ctrl-C reaches this process alone, which ends the others. Should this process be killed, the
-kernel asks the others to stop (Linux), or they find their pipe broken at the end of their round.
+The processes are what a person would start by hand, with `--json`, so that their rounds can be read.
 """
 
-import json
-import os
 import signal
-import subprocess
-import sys
-import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final, TextIO
+from typing import Final, TextIO
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -22,10 +15,10 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from node.control import NoStatus, read_status
 from node.display import duration
 from node.live import sparkline
 from node.options import new_run_dir
+from node.processes import NodeProcess, end_all
 from node.stats import size
 from swarm.errors import UserError
 
@@ -33,15 +26,7 @@ __all__ = ["DemoFailed", "run_demo"]
 
 _LISTEN: Final = "/ip4/127.0.0.1/tcp/0"
 _START_WITHIN_S: Final = 120.0
-_END_WITHIN_S: Final = 15.0
 _POLL_S: Final = 0.25
-_PROGRAM: Final = """
-import ctypes, signal, sys
-if sys.platform == "linux":
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-from node.cli import main
-main()
-"""
 _STATUS_INTERVAL_S: Final = 2.0
 _LINE_INTERVAL_S: Final = 10.0
 _CHART_WIDTH: Final = 32
@@ -51,64 +36,6 @@ class DemoFailed(UserError):
     """A process of the demonstration has ended before its time."""
 
 
-class _Process:
-    """One `swarm-node`, whose lines of JSON are read by a thread until the process ends."""
-
-    def __init__(self, name: str, folder: Path, *arguments: str) -> None:
-        self.name, self.run_dir, self.log = name, folder / name, folder / f"{name}.log"
-        self.rows: list[dict[str, Any]] = []
-        self.status: dict[str, Any] | None = None
-        with self.log.open("w") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-c", _PROGRAM, *arguments, "--run-dir", str(self.run_dir), "--json"],
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-                start_new_session=True,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
-            )
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-
-    @property
-    def status_code(self) -> int | None:
-        """The exit status; None while it runs."""
-        return self._process.poll()
-
-    def ask(self) -> None:
-        """Fetch the status over the control socket, if it is there by now."""
-        try:
-            status = read_status(self.run_dir)
-        except NoStatus:
-            return
-        if status["running"] or self.status is None:
-            self.status = status
-
-    def end(self) -> None:
-        """Ask it to stop."""
-        if self._process.poll() is None:
-            self._process.send_signal(signal.SIGTERM)
-
-    def wait(self, deadline_s: float) -> None:
-        """Wait for its end; kill it where that takes too long."""
-        try:
-            self._process.wait(max(0.1, deadline_s - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._reader.join()
-
-    def last_words(self) -> str:
-        """The last line that it wrote for people."""
-        lines = self.log.read_text(errors="replace").strip().splitlines()
-        return lines[-1] if lines else "no word"
-
-    def _read(self) -> None:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            self.rows.append(json.loads(line))
-
-
 def run_demo(num_nodes: int, rounds: int, run_dir: Path | None, out: TextIO) -> int:
     """Run the demonstration to its end, or to Ctrl-C. No process outlives it. Returns the exit status."""
     folder = (run_dir if run_dir is not None else new_run_dir("demo")).absolute()
@@ -116,19 +43,19 @@ def run_demo(num_nodes: int, rounds: int, run_dir: Path | None, out: TextIO) -> 
     if any(folder.iterdir()):
         raise DemoFailed(f"{folder} is not empty: name another folder with --run-dir")
     console = Console(file=out)
-    processes: list[_Process] = []
+    processes: list[NodeProcess] = []
     # SIGINT as well: a shell starts what it puts in the background with Ctrl-C switched off.
     before = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     began_s = time.monotonic()
     try:
         console.print("starting a bootstrap; loading takes some seconds", highlight=False)
-        bootstrap = _Process("bootstrap", folder, "bootstrap", "--listen", _LISTEN)
+        bootstrap = NodeProcess("bootstrap", folder, "bootstrap", "--listen", _LISTEN)
         processes.append(bootstrap)
         address = _first_address(bootstrap)
         console.print(f"starting {num_nodes} nodes: swarm-node join --model tiny --peers {address}", highlight=False)
         common = ("--model", "tiny", "--rounds", str(rounds), "--peers", address, "--listen", _LISTEN)
         nodes = [
-            _Process(f"node-{number}", folder, "join", *common, "--seed", str(number))
+            NodeProcess(f"node-{number}", folder, "join", *common, "--seed", str(number))
             for number in range(1, num_nodes + 1)
         ]
         processes += nodes
@@ -148,37 +75,33 @@ def _interrupt(number: int, frame: object) -> None:
     raise KeyboardInterrupt
 
 
-def _end_all(processes: Sequence[_Process]) -> None:
+def _end_all(processes: Sequence[NodeProcess]) -> None:
     """Stop every process and wait for its end; another Ctrl-C meanwhile changes nothing."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        for process in processes:
-            process.end()
-        deadline_s = time.monotonic() + _END_WITHIN_S
-        for process in processes:
-            process.wait(deadline_s)
+        end_all(processes)
     finally:
         signal.signal(signal.SIGINT, before)
 
 
-def _first_address(bootstrap: _Process) -> str:
+def _first_address(bootstrap: NodeProcess) -> str:
     """Wait until the bootstrap listens; return where."""
     deadline_s = time.monotonic() + _START_WITHIN_S
-    while not bootstrap.rows:
+    while bootstrap.address is None:
         _refuse_ended([bootstrap])
         if time.monotonic() > deadline_s:
             raise DemoFailed(f"the bootstrap does not start: {bootstrap.last_words()}; see {bootstrap.log}")
         time.sleep(_POLL_S)
-    return str(bootstrap.rows[0]["swarm"]["addresses"][0])
+    return bootstrap.address
 
 
-def _refuse_ended(processes: Sequence[_Process]) -> None:
+def _refuse_ended(processes: Sequence[NodeProcess]) -> None:
     for process in processes:
         if process.status_code not in (None, 0):
             raise DemoFailed(f"{process.name} has ended: {process.last_words()}; see {process.log}")
 
 
-def _follow(processes: Sequence[_Process], nodes: Sequence[_Process], rounds: int, console: Console) -> None:
+def _follow(processes: Sequence[NodeProcess], nodes: Sequence[NodeProcess], rounds: int, console: Console) -> None:
     """Show the nodes until all are done."""
     asked_s = said_s = time.monotonic()
     shows_table = console.is_terminal and not console.is_dumb_terminal
@@ -202,14 +125,14 @@ def _follow(processes: Sequence[_Process], nodes: Sequence[_Process], rounds: in
     console.print(_table(nodes, rounds))
 
 
-def _line(node: _Process) -> str:
+def _line(node: NodeProcess) -> str:
     if not node.rows:
         return f"{node.name} loads"
     row = node.rows[-1]
     return f"{node.name} round {row['round']} reward {row['reward_moving_average']:.3f} peers {row['num_peers']}"
 
 
-def _table(nodes: Sequence[_Process], rounds: int) -> Table:
+def _table(nodes: Sequence[NodeProcess], rounds: int) -> Table:
     table = Table(title="a swarm on this machine", title_justify="left")
     for name in ("node", "round", "", "reward", "held-out", "from others", "their reward", "peers", "in / out"):
         table.add_column(name, justify="left" if name in ("node", "", "reward") else "right", no_wrap=True)
@@ -239,7 +162,7 @@ def _table(nodes: Sequence[_Process], rounds: int) -> Table:
     return table
 
 
-def _conclude(nodes: Sequence[_Process], folder: Path, seconds: float, console: Console) -> None:
+def _conclude(nodes: Sequence[NodeProcess], folder: Path, seconds: float, console: Console) -> None:
     """Say what it came to."""
     from node.plot import plot_swarm
 

@@ -106,6 +106,11 @@ class NodeProcess(JsonProcess):
         given = [*arguments, "--run-dir", str(self.run_dir), "--json"]
         super().__init__(name, "node.cli", given, folder / f"{name}.log")
 
+    @property
+    def address(self) -> str | None:
+        """Where a bootstrap can be joined; None before it has said so."""
+        return str(self.rows[0]["swarm"]["addresses"][0]) if self.rows else None
+
     def ask(self) -> None:
         """Fetch the status over the control socket, if it is there by now."""
         try:

@@ -44,10 +44,15 @@ class SwarmExchange(Exchange):
         *,
         note: Callable[[str], None],
         on_started: Callable[[Member], None],
+        watch_interval_s: float = _WATCH_INTERVAL_S,
     ) -> None:
-        """`note` is given lines for the user; `on_started` is called once the node listens."""
+        """`note` is given lines for the user; `on_started` is called once the node listens.
+
+        `watch_interval_s` says how often it is looked whether the node is alone, and whether something is to be sent.
+        """
         self._make_member, self._build_rescorer = make_member, build_rescorer
         self._config, self._about, self._note, self._on_started = config, about, note, on_started
+        self._watch_interval_s = watch_interval_s
         self._member: Member | None = None
         self._is_started = False
         self._rescorer: Rescorer | None = None
@@ -157,7 +162,7 @@ class SwarmExchange(Exchange):
             line = connection.update(status["num_peers"], loop.time(), "; ".join(reasons))
             if line is not None:
                 self._note(line)
-            await asyncio.sleep(_WATCH_INTERVAL_S)
+            await asyncio.sleep(self._watch_interval_s)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.ensure_future(work)

@@ -50,7 +50,7 @@ def _run(unit: Any, result: Path) -> None:
             print(json.dumps({"rounds_done": sum(rounds)}), flush=True)
 
     run = simulate(unit, on_round)
-    write_unit(result, unit, "memory", [node.rows for node in run.nodes], wall_s=run.wall_s, cpu_s=run.cpu_s)
+    write_unit(result, unit, "memory", run.nodes, wall_s=run.wall_s, cpu_s=run.cpu_s)
 
 
 def _leave(number: int, frame: object) -> None:

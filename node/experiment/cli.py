@@ -2,18 +2,12 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
 from node.options import layers_of, new_run_dir, with_settings
 
-if TYPE_CHECKING:
-    pass
-
 __all__ = ["experiment"]
-
-_NOT_DONE = 130
 
 
 @click.group()
@@ -30,6 +24,7 @@ def experiment() -> None:
 @click.option("--node-set", "node_settings", multiple=True, metavar="K.KEY=VALUE", help="A setting of node K alone.")
 @click.option("--run-dir", type=click.Path(path_type=Path), help="Where results are kept.  [runs/sapo-TIME]")
 @click.option("--jobs", type=click.IntRange(min=1), metavar="N", help="Units side by side.  [cores]")
+@click.option("--real", is_flag=True, help="Run `swarm-node join` processes in place of a simulation.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end.")
 def sapo(
     model: str | None,
@@ -43,6 +38,7 @@ def sapo(
     node_settings: tuple[str, ...],
     run_dir: Path | None,
     jobs: int | None,
+    real: bool,
     as_json: bool,
 ) -> int:
     """SAPO's comparison: nodes that learn from I own groups and J groups of others in a round.
@@ -52,6 +48,8 @@ def sapo(
     from node.experiment.plan import make_plan, node_assignments
     from node.experiment.sapo import run_experiment
 
+    if real and jobs is not None:
+        raise click.UsageError("--real runs one unit at a time, whose nodes are as many processes: leave --jobs out")
     flags = {
         "model.name": model,
         "tasks.sources": tasks,
@@ -61,7 +59,7 @@ def sapo(
         "experiment.seeds": seeds,
     }
     plan = make_plan(layers_of(flags, config_file, assignments), node_assignments(node_settings))
-    return run_experiment(plan, run_dir or new_run_dir("sapo"), num_jobs=jobs, as_json=as_json)
+    return run_experiment(plan, run_dir or new_run_dir("sapo"), num_jobs=jobs, real=real, as_json=as_json)
 
 
 @experiment.command()

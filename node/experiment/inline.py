@@ -52,7 +52,9 @@ class RoundCount:
         """Begin at the beginning."""
         return Restored(0, [], [])
 
-    async def append(self, round_index: int, batch: TrainingBatch, row: Mapping[str, Any]) -> None:
+    async def append(
+        self, round_index: int, batch: TrainingBatch, row: Mapping[str, Any], rollouts: Mapping[str, Any] | None = None
+    ) -> None:
         """Count the round."""
         self._last_round = round_index
 

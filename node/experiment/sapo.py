@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from node.experiment.plan import Plan
+from node.experiment.real import RealUnit
 from node.experiment.record import refuse_other_unit, unit_path
 from node.experiment.report import table, write_report
 from node.experiment.results import write_plan
@@ -19,10 +20,13 @@ __all__ = ["run_experiment"]
 _INTERRUPTED = 130
 
 
-def run_experiment(plan: Plan, path: Path, *, num_jobs: int | None, as_json: bool) -> int:
-    """Run what is missing of an experiment and report all of it. Returns the exit status."""
+def run_experiment(plan: Plan, path: Path, *, num_jobs: int | None, real: bool, as_json: bool) -> int:
+    """Run what is missing of an experiment and report all of it. Returns the exit status.
+
+    `real` lets the nodes of a unit be processes, one unit at a time.
+    """
     out = sys.stderr if as_json else sys.stdout
-    mode = "memory"
+    mode = "real" if real else "memory"
     with RunFolder(path) as folder:
         folder.refuse_occupied()
         done = [unit for unit in plan.units if unit_path(path, unit).exists()]
@@ -33,10 +37,10 @@ def run_experiment(plan: Plan, path: Path, *, num_jobs: int | None, as_json: boo
         print(f"{len(missing)} of {len(plan.units)} units are to be run; writing to {path}", file=out, flush=True)
 
         def begin(unit: Unit) -> RunningUnit:
-            return SimulatedUnit(unit, path)
+            return RealUnit(unit, path) if real else SimulatedUnit(unit, path)
 
         try:
-            run_units(missing, num_jobs or _num_cores(), begin, len(done), out)
+            run_units(missing, 1 if real else num_jobs or _num_cores(), begin, len(done), out)
         except KeyboardInterrupt:
             print(f"stopped; the same command with --run-dir {shlex.quote(str(path))} goes on", file=sys.stderr)
             return _INTERRUPTED

@@ -13,7 +13,7 @@ import random
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
@@ -37,24 +37,18 @@ from protocol.transport.base import RecordValidator
 from protocol.transport.memory import Faults, MemoryNetwork, MemoryTransport
 from protocol.transport.peer_id import peer_id_of
 
-__all__ = ["NodeRun", "UnitRun", "simulate"]
+__all__ = ["UnitRun", "simulate"]
 
+_WATCHES_APART: Final = 0.25  # of a round: looking takes time, and nothing happens in between
 OnRound = Callable[[int, Mapping[str, Any]], None]
-
-
-@dataclass(frozen=True, slots=True)
-class NodeRun:
-    """What one node left behind: its rows of metrics, and what they cost."""
-
-    rows: list[dict[str, Any]]
-    status: dict[str, Any]  # of its member, at the end
+Rows = list[dict[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
 class UnitRun:
-    """What a unit left behind. Processor time includes that of the scoring processes."""
+    """What a unit left behind: the rows of metrics of each node. Processor time includes the scoring processes."""
 
-    nodes: list[NodeRun]
+    nodes: list[Rows]
     wall_s: float
     cpu_s: float
 
@@ -67,7 +61,7 @@ def simulate(unit: Unit, on_round: OnRound = lambda number, row: None) -> UnitRu
     return UnitRun(nodes, time.perf_counter() - wall_s, sum(os.times()[:4]) - cpu_s)
 
 
-async def _run_all(unit: Unit, shared: SharedParts, on_round: OnRound) -> list[NodeRun]:
+async def _run_all(unit: Unit, shared: SharedParts, on_round: OnRound) -> list[Rows]:
     network = _Network(unit)
     nodes = [_SimulatedNode(unit, number, network, shared, on_round) for number in range(len(unit.configs))]
     tasks = [asyncio.create_task(node.run()) for node in nodes]
@@ -122,9 +116,10 @@ class _SimulatedNode:
             about_trainer(self._config),
             note=lambda text: None,
             on_started=lambda member: None,
+            watch_interval_s=unit.round_s * _WATCHES_APART,
         )
 
-    async def run(self) -> NodeRun:
+    async def run(self) -> Rows:
         """Run the node to its end."""
         paced = PacedExchange(
             self._exchange, round_s=self._unit.round_s, jitter=self._unit.jitter, rng=self._rng("pace")
@@ -138,16 +133,12 @@ class _SimulatedNode:
             executor=self._work,
         )
         await node.run()
-        return NodeRun(self._rows, self._status)
+        return self._rows
 
     def _finished(self, row: Mapping[str, Any]) -> None:
         """Keep a row, with the time that the node has taken so far: its own work, and scoring what others wrote."""
-        cpu_s, wall_s = (
-            self._work.cpu_s + self._rescoring.cpu_s,
-            self._work.wall_s + self._rescoring.wall_s,
-        )
+        cpu_s, wall_s = (getattr(self._work, name) + getattr(self._rescoring, name) for name in ("cpu_s", "wall_s"))
         self._rows.append({**row, "cpu_so_far_s": cpu_s, "wall_so_far_s": wall_s})
-        self._status = self._exchange.status() or {}
         self._on_round(self._number, row)
 
     async def _make_member(self, rescore: Rescore, about: Callable[[], NodeAbout]) -> Member:
