@@ -58,14 +58,14 @@ def batch_bytes(first: int) -> dict[str, int]:
     from protocol.digests import leaf_of
     from protocol.identity import Identity
     from protocol.signing import sign_announcement
-    from protocol.transport.streams import request_head, response_head
+    from protocol.transport.framing import ANSWER, REQUEST, answer_head, frame_bytes, request_head
     from protocol.wire import encode_frame
 
     def request(name: str, payload: bytes) -> int:
-        return len(request_head(name, len(payload))) + len(payload)
+        return len(frame_bytes(REQUEST, 1, request_head(name, len(payload), 0))) + len(payload)
 
     def response(payload: bytes) -> int:
-        return len(response_head(0, len(payload))) + len(payload)
+        return len(frame_bytes(ANSWER, 1, answer_head(len(payload)))) + len(payload)
 
     frames = [encode_frame(group) for group in real_groups(0, first, GROUPS_PER_BATCH)]
     identity = Identity(Ed25519PrivateKey.generate())

@@ -16,8 +16,15 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+import psutil
 from hivemind.p2p import P2P, P2PContext, PeerID
-from hivemind.p2p.p2p_daemon_bindings.utils import ControlFailure, P2PDaemonError, read_pbmsg_safe, write_pbmsg
+from hivemind.p2p.p2p_daemon_bindings.utils import (
+    ControlFailure,
+    P2PDaemonError,
+    P2PHandlerError,
+    read_pbmsg_safe,
+    write_pbmsg,
+)
 from hivemind.proto import p2pd_pb2
 from hivemind.utils.logging import use_hivemind_log_handler
 from hivemind.utils.multiaddr import Multiaddr
@@ -89,10 +96,14 @@ class Daemon(P2P):  # type: ignore[misc]  # hivemind has no types
 
     async def call_protobuf_handler(self, peer_id: PeerID, name: str, input: Any, output_protobuf_type: Any) -> Any:
         """Make a unary call of the DHT through the filter."""
-        call = super().call_protobuf_handler
-        return await self.call_filter.ask(
-            name, input, peer_id.to_bytes(), lambda: call(peer_id, name, input, output_protobuf_type)
-        )
+
+        async def call() -> Any:
+            response = await self._client.call_unary_handler(peer_id, name, input.SerializeToString())
+            if response is None:  # p2pd had an answer from the peer that holds none
+                raise P2PHandlerError("an empty answer")
+            return output_protobuf_type.FromString(response)
+
+        return await self.call_filter.ask(name, input, peer_id.to_bytes(), call)
 
     async def add_stream_handler(self, protocol: str, handler: StreamHandler) -> None:
         """Let peers open streams: the handler is given the peer id's bytes, and closes the stream."""
@@ -151,10 +162,19 @@ class Daemon(P2P):  # type: ignore[misc]  # hivemind has no types
         """Wait until the process has ended, whoever ended it."""
         await self._child.wait()
 
-    async def end(self) -> None:
-        """End the process, whatever state it is in, and remove what it left."""
+    def is_stopped(self) -> bool:
+        """Whether the kernel says that the process is stopped: it will not answer."""
+        try:
+            return bool(psutil.Process(self._child.pid).status() == psutil.STATUS_STOPPED)
+        except psutil.Error:
+            return False
+
+    async def end(self, *, at_once: bool = False) -> None:
+        """End the process, whatever state it is in, and remove what it left; `at_once` where it cannot end itself."""
         self._terminate()
         if self._child is not None:
+            if at_once and self._child.returncode is None:
+                self._child.kill()
             try:
                 async with asyncio.timeout(_END_TIMEOUT_S):
                     await self._child.wait()
