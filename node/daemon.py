@@ -147,6 +147,7 @@ class Node:
             await self._in_torch(self._load_policy)
         row = self._describe(round_index, own, stats, Counter(parts.scorer.counts) - outcomes_before)
         row |= describe_external(len(own), external, batch) | self.exchange.describe_round()
+        row |= parts.rollouts.describe()
         if self._evaluation_is_due(round_index):
             with meter.time("evaluation"):
                 row["pass_at_1_heldout"] = await self._in_torch(self._evaluate)
@@ -171,7 +172,7 @@ class Node:
         row["round_s"] = meter.round_s()
         self._elapsed_s += row["round_s"] + row["evaluation_s"]
         row["elapsed_s"] = self._elapsed_s
-        await self.recorder.append(row["round"], batch, row)
+        await self.recorder.append(row["round"], batch, row, self.parts.rollouts.state())
         self.recorder.checkpoint_if_due(self.parts.trainer)
         self._note(row)
         self.display.round(row)
@@ -208,6 +209,7 @@ class Node:
         self.display.loaded()
         self._enter("replay")
         restored = await self._in_torch(self.recorder.restore, self.parts.trainer, self.stopping.is_set)
+        self.parts.rollouts.load_state(restored.rollouts)
         for note in restored.notes:
             self.display.note(note)
         self._trained_round = restored.round_index

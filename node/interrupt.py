@@ -29,6 +29,16 @@ class InterruptibleEngine(Engine):
         self._max_seq_len = max_seq_len
 
     @property
+    def verifies_drafts(self) -> bool:  # type: ignore[override]
+        """Whether the engine within does."""
+        return self._engine.verifies_drafts
+
+    @property
+    def step_cost_tokens(self) -> float:  # type: ignore[override]
+        """That of the engine within."""
+        return self._engine.step_cost_tokens
+
+    @property
     def stats(self) -> EngineStats:  # type: ignore[override]
         """Counters of the engine within."""
         return self._engine.stats

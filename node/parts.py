@@ -19,12 +19,13 @@ from swarm.engine.base import Engine
 from swarm.engine.torch import TorchEngine
 from swarm.policy import Policy, load_policy
 from swarm.rollout.collector import RolloutCollector
+from swarm.rollout.partial import PartialRollouts
 from swarm.scoring import Outcome, Score, ScoringPool
 from swarm.tasks import TaskSet, build_task_set
 from swarm.trainer import Trainer
-from swarm.types import RolloutGroup
+from swarm.types import RolloutGroup, Task
 
-__all__ = ["Parts", "Scorer", "build_parts", "make_engine", "make_trainer"]
+__all__ = ["Parts", "Scorer", "build_parts", "make_engine", "make_rollouts", "make_trainer"]
 
 _NUM_LOOKED_AT = 64
 _ROOM = 1.5
@@ -79,8 +80,21 @@ def build_parts(config: RunConfig, stopping: threading.Event) -> Parts:
             scorer.close()
             raise
     interruptible = InterruptibleEngine(engine, stopping, engine.max_seq_len)
-    rollouts = RolloutCollector(interruptible, policy, config.rollout, config.seed)
+    rollouts = make_rollouts(config, interruptible, policy, tasks)
     return Parts(policy, tasks, interruptible, rollouts, scorer, trainer)
+
+
+def make_rollouts(config: RunConfig, engine: Engine, policy: Policy, tasks: TaskSet) -> RolloutCollector:
+    """Return what writes groups: round by round, or with later rounds' groups in flight."""
+    if not config.rollout.is_partial:
+        return RolloutCollector(engine, policy, config.rollout, config.seed)
+
+    def ahead(round_index: int) -> list[Task]:
+        """Own groups that a round asks whoever else is there."""
+        num_local, most = config.sapo.num_local, config.sapo.num_local + config.sapo.num_external
+        return tasks.train_batch(round_index, num_local, stride=most) if round_index <= config.rounds else []
+
+    return PartialRollouts(engine, policy, config.rollout, config.seed, ahead)
 
 
 def make_engine(config: RunConfig, policy: Policy, tasks: TaskSet) -> TorchEngine:

@@ -38,6 +38,7 @@ class Restored:
     round_index: int
     rows: list[dict[str, Any]]
     notes: list[str]
+    rollouts: Mapping[str, Any] | None = None  # what the last round's rollouts have left unfinished
 
 
 class RoundKeeper(Protocol):
@@ -50,7 +51,9 @@ class RoundKeeper(Protocol):
     def restore(self, trainer: "Trainer", interrupted: Callable[[], bool]) -> Restored:
         """Bring the trainer to the last good state."""
 
-    async def append(self, round_index: int, batch: TrainingBatch, row: Mapping[str, Any]) -> None:
+    async def append(
+        self, round_index: int, batch: TrainingBatch, row: Mapping[str, Any], rollouts: Mapping[str, Any] | None = None
+    ) -> None:
         """Put a finished round on record."""
 
     async def settle(self) -> None:
@@ -83,6 +86,7 @@ class Recorder:
         self._checkpoint: asyncio.Future[None] | None = None
         self._last_checkpoint_at = clock()
         self._last_checkpoint_round = 0
+        self._rollouts: Mapping[str, Any] | None = None  # of the last finished round
         self._write_s: float | None = None
 
     @property
@@ -113,18 +117,22 @@ class Recorder:
         rows = {row["round"]: row for row in read_rows(self.folder.metrics) if row["round"] <= last}
         rows.update({index: dict(row) for index, row in self._journal.rows().items() if index <= last})
         ordered = [rows[index] for index in sorted(rows)]
+        self._rollouts = records[-1].rollouts if records else (checkpoint.meta.get("rollouts") if checkpoint else None)
         self._journal.start_after(last)
         self._metrics.start(ordered)
         self._last_checkpoint_round = round_index
         notes = [f"{line}; going back to {_described(checkpoint)}" for line in damaged]
         if len(ordered) < last:
             notes.append(f"{self.folder.metrics} has lost {last - len(ordered)} of {last} rounds; training is intact")
-        return Restored(last, ordered, notes)
+        return Restored(last, ordered, notes, self._rollouts)
 
-    async def append(self, round_index: int, batch: TrainingBatch, row: Mapping[str, Any]) -> None:
+    async def append(
+        self, round_index: int, batch: TrainingBatch, row: Mapping[str, Any], rollouts: Mapping[str, Any] | None = None
+    ) -> None:
         """Put a finished round on record. A kill from now on does not lose it."""
         await self._settle_sync()
-        self._journal.append(JournalRecord(round_index, batch, row))
+        self._journal.append(JournalRecord(round_index, batch, row, rollouts))
+        self._rollouts = rollouts
         self._metrics.append(row)
         self._sync = asyncio.get_running_loop().run_in_executor(self._disk, self._journal.sync)
 
@@ -169,7 +177,8 @@ class Recorder:
         return num_bytes / _SLOW_DISK_BYTES_PER_S
 
     def _begin_checkpoint(self, trainer: "Trainer") -> None:
-        checkpoint = Checkpoint(self.last_round, trainer.state_tensors(), trainer.state_meta())
+        meta = {**trainer.state_meta(), "rollouts": self._rollouts}
+        checkpoint = Checkpoint(self.last_round, trainer.state_tensors(), meta)
         loop = asyncio.get_running_loop()
         self._checkpoint = loop.run_in_executor(self._disk, self._write_checkpoint, checkpoint)
 

@@ -6,7 +6,7 @@ Units stand in names. Unknown keys are refused. Defaults suit the built-in model
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 __all__ = [
     "CheckpointConfig",
@@ -72,6 +72,40 @@ class RolloutConfig(Section):
     temperature: float = Field(1.0, gt=0, description="sampling temperature")
     top_p: float = Field(1.0, gt=0, le=1, description="nucleus sampling; 1: off")
     top_k: int = Field(0, ge=0, description="top-k sampling; 0: off")
+    schedule: Literal["auto", "synchronous", "partial"] = Field(
+        "auto", description="partial: go on next round with what is unfinished; auto: where completions may be long"
+    )
+    partial_above_tokens: int = Field(
+        256, ge=1, description="auto: rollouts are partial where max_new_tokens is more than this"
+    )
+    over_provision: float = Field(
+        0.0, ge=0, description="groups in flight for each group of a round, at least 1; 0: adapted to what pays"
+    )
+    max_over_provision: float = Field(3.0, ge=1, description="the most that over_provision is adapted to")
+    order: Literal["submission", "arrival"] = Field(
+        "submission",
+        description="submission: a round returns its own groups, without length bias; arrival: what is whole first",
+    )
+    max_age: int = Field(4, ge=1, description="arrival: rounds after which a group is waited for")
+    stale_tokens: Literal["verify", "correct", "mask"] = Field(
+        "verify",
+        description="tokens of an older policy; verify: keep what the new one writes too, where the engine can; "
+        "correct: importance sampling (trainer.tis_cap); mask: not trained on",
+    )
+
+    @field_validator("over_provision")
+    @classmethod
+    def _at_least_one(cls, value: float) -> float:
+        if 0 < value < 1:
+            raise ValueError("must be 0 or at least 1")
+        return value
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether rollouts are partial under these settings."""
+        return self.schedule == "partial" or (
+            self.schedule == "auto" and self.max_new_tokens > self.partial_above_tokens
+        )
 
 
 class SapoConfig(Section):

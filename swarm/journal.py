@@ -33,11 +33,12 @@ _MAX_RECORD_BYTES = 1 << 30
 
 @dataclass(frozen=True, slots=True)
 class JournalRecord:
-    """A finished round. `round_index` counts from 1."""
+    """A finished round. `round_index` counts from 1. `rollouts` is what its rollouts have left unfinished."""
 
     round_index: int
     batch: TrainingBatch
     row: Mapping[str, Any]
+    rollouts: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,10 +186,11 @@ def _to_plain(record: JournalRecord) -> dict[str, Any]:
             "completions": [pack_ids(ids) for ids in group.completion_ids],
             "advantages": pack_floats(group.advantages),
             "logprobs": [None if values is None else pack_floats(values) for values in group.behavior_logprobs],
+            "masked": list(group.num_masked),
         }
         for group in record.batch.groups
     ]
-    return {"round": record.round_index, "groups": groups, "row": dict(record.row)}
+    return {"round": record.round_index, "groups": groups, "row": dict(record.row), "rollouts": record.rollouts}
 
 
 def _from_plain(plain: Mapping[str, Any]) -> JournalRecord:
@@ -198,7 +200,8 @@ def _from_plain(plain: Mapping[str, Any]) -> JournalRecord:
             completion_ids=tuple(unpack_ids(ids) for ids in group["completions"]),
             advantages=unpack_floats(group["advantages"]),
             behavior_logprobs=tuple(None if data is None else unpack_floats(data) for data in group["logprobs"]),
+            num_masked=tuple(group.get("masked", ())),
         )
         for group in plain["groups"]
     )
-    return JournalRecord(plain["round"], TrainingBatch(groups), plain["row"])
+    return JournalRecord(plain["round"], TrainingBatch(groups), plain["row"], plain.get("rollouts"))

@@ -90,4 +90,5 @@ def _training_group(group: RolloutGroup, config: SapoConfig, *, is_own: bool) ->
         completion_ids=tuple(group.completions[index].token_ids for index in kept),
         advantages=tuple(advantages[index] for index in kept),
         behavior_logprobs=tuple(group.completions[index].logprobs if is_own else None for index in kept),
+        num_masked=tuple(group.num_masked[index] for index in kept) if any(group.num_masked) else (),
     )

@@ -187,7 +187,11 @@ class Trainer:
                 groups, chosen, self._config.max_tokens_per_microbatch, shares_prompts=packs
             )
             rows = [(pack if packs else pad)(groups, parts, self._device) for parts in microbatches]
-            totals = [len(ids) for index in chosen for ids in groups[index].completion_ids]
+            totals = [
+                len(ids) - _num_masked(groups[index], number)
+                for index in chosen
+                for number, ids in enumerate(groups[index].completion_ids)
+            ]
             minibatches.append([_Microbatch(row, self._terms(groups, row, len(totals), sum(totals))) for row in rows])
         if self._reference is not None:
             with self._optimizer.swapped(self._reference), torch.no_grad():
@@ -207,6 +211,7 @@ class Trainer:
         """Spread what is known per completion over the row's tokens. Totals are those of the optimizer step."""
         advantages: list[float] = []
         weights: list[float] = []
+        masked: list[int] = []
         behavior: list[float] = []
         lengths: list[int] = []
         for ref in row.refs:
@@ -217,24 +222,29 @@ class Trainer:
                 raise ValueError(f"{len(known)} behaviour log-probabilities for {length} tokens")
             behavior.extend((math.nan,) * length if known is None else known)
             advantages.append(group.advantages[ref.completion])
+            masked.append(_num_masked(group, ref.completion))
             weights.append(
                 token_weight(
                     self._config,
-                    length=length,
+                    length=max(1, length - masked[-1]),
                     num_completions=num_completions,
-                    num_tokens=num_tokens,
+                    num_tokens=max(1, num_tokens),
                     max_completion_tokens=self._max_completion_tokens,
                 )
             )
             lengths.append(length)
         lengths_tensor = torch.tensor(lengths)
         numbers = torch.arange(len(lengths)).repeat_interleave(lengths_tensor)
+        weight = torch.tensor(weights)[numbers]
+        if any(masked):
+            begins = lengths_tensor.cumsum(0) - lengths_tensor
+            weight[torch.arange(len(numbers)) < (begins + torch.tensor(masked))[numbers]] = 0.0
         return TokenTerms(
             old_logprobs=None,
             behavior_logprobs=torch.tensor(behavior).to(self._device),
             reference_logprobs=None,
             advantages=torch.tensor(advantages)[numbers].to(self._device),
-            weights=torch.tensor(weights)[numbers].to(self._device),
+            weights=weight.to(self._device),
             completion_numbers=numbers.to(self._device),
             completion_lengths=lengths_tensor.float().to(self._device),
         )
@@ -293,6 +303,11 @@ class Trainer:
         self._num_steps = int(meta["num_steps"])
         self._num_nonfinite = int(meta["num_nonfinite"])
         self._num_nonfinite_in_a_row = int(meta["num_nonfinite_in_a_row"])
+
+
+def _num_masked(group: TrainingGroup, completion: int) -> int:
+    """Return how many first tokens of a completion are not trained on."""
+    return group.num_masked[completion] if group.num_masked else 0
 
 
 def _sums(result: LossTerms) -> Tensor:

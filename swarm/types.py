@@ -58,6 +58,7 @@ class RolloutGroup:
     completions: tuple[Completion, ...]
     texts: tuple[str, ...]  # one per completion, special tokens removed
     rewards: tuple[float, ...] = ()  # one per completion, each in [0, 1]
+    num_masked: tuple[int, ...] = ()  # one per completion: first tokens that are not trained on; empty: none are
 
     def with_rewards(self, rewards: tuple[float, ...]) -> "RolloutGroup":
         """Return the same group, scored."""
@@ -78,6 +79,7 @@ class TrainingGroup:
     completion_ids: tuple[tuple[int, ...], ...]
     advantages: tuple[float, ...]
     behavior_logprobs: tuple[tuple[float, ...] | None, ...]
+    num_masked: tuple[int, ...] = ()  # first tokens of each completion that are not trained on; empty: none are
 
 
 @dataclass(frozen=True, slots=True)

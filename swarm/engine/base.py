@@ -72,6 +72,7 @@ class Engine(ABC):
     """
 
     verifies_drafts: ClassVar[bool] = False
+    step_cost_tokens: float = 300.0  # decoding so many tokens takes about as long as a step does beside its tokens
     stats: EngineStats
 
     @property

@@ -1,10 +1,11 @@
-"""Collects groups: one request per completion, submitted to the engine and run to the end.
+"""Collects groups, synchronously: one request per completion, submitted to the engine and run to the end.
 
 It turns tasks into prompts and seeds, and completions back into groups. How completions are written is
-the engine's; what they are worth is scoring's.
+the engine's; what they are worth is scoring's. `partial` goes on with what a round leaves unfinished.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -30,7 +31,7 @@ class RolloutCollector:
     def collect(self, tasks: Sequence[Task], *, round_index: int) -> list[RolloutGroup]:
         """Return one group per task, in order. The noise depends on seed, round, task and completion alone."""
         requests = [
-            Request(self._new_id(), prompt_ids, fold_seed(self._seed, round_index, place, index), self._sampling)
+            Request(self._new_id(), prompt_ids, self._noise(round_index, place, index), self._sampling)
             for place, prompt_ids in enumerate(self._policy.encode_prompt(task.question) for task in tasks)
             for index in range(self._config.num_completions)
         ]
@@ -47,6 +48,23 @@ class RolloutCollector:
     def load_policy(self, state: Mapping[str, torch.Tensor], version: int) -> None:
         """Give the engine new weights."""
         self._engine.load_policy(state, version)
+
+    def describe(self) -> dict[str, Any]:
+        """Return what the last round's rollouts were beside their groups, for its row of metrics."""
+        return {}
+
+    def state(self) -> dict[str, Any] | None:
+        """Return what is left unfinished between two rounds, as plain data; None where nothing can be."""
+        return None
+
+    def load_state(self, plain: Mapping[str, Any] | None) -> None:
+        """Go on with what `state` returned. Raises ValueError where this collector leaves nothing unfinished."""
+        if plain is not None and plain["groups"]:
+            raise ValueError("completions that were begun ahead cannot be finished by synchronous rollouts")
+
+    def _noise(self, round_index: int, place: int, index: int) -> int:
+        """Return the seed of one completion."""
+        return fold_seed(self._seed, round_index, place, index)
 
     def _new_id(self) -> int:
         self._next_request_id += 1

@@ -140,14 +140,15 @@ class Slots:
         kept = int(differs[0]) if len(differs) else len(draft)
         before = int(self.generated[slot])
         num = min(kept + 1, int(self._budget[slot]) - before)
-        ends = np.isin(tokens[:num], self._eos).nonzero()[0] if self._heeds_eos[slot] else ()
-        if len(ends):
+        ends = np.isin(tokens[:num], self._eos).nonzero()[0]
+        stopped = bool(self._heeds_eos[slot]) and len(ends) > 0
+        if stopped:
             num = int(ends[0]) + 1
         total = before + num
         self._tokens[slot, before:total], self._logprobs[slot, before:total] = tokens[:num], logprobs[:num]
         self.last_tokens[slot], self.generated[slot] = tokens[num - 1], total
         self.cached[slot] = len(running.request.prompt_ids) + total - 1
-        if len(ends):
+        if stopped:
             return kept, "stop"
         return kept, "length" if total >= self._budget[slot] else None
 

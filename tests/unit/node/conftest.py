@@ -126,6 +126,15 @@ class NumberRollouts:
     def load_policy(self, state: Mapping[str, torch.Tensor], version: int) -> None:
         self.engine.load_policy(state, version)
 
+    def describe(self) -> dict[str, Any]:
+        return {}
+
+    def state(self) -> dict[str, Any] | None:
+        return None
+
+    def load_state(self, plain: Mapping[str, Any] | None) -> None:
+        assert plain is None
+
 
 class NumberScorer:
     """An answer is right if it is 0 or 1."""

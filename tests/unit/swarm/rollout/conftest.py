@@ -54,9 +54,8 @@ class SimulatedEngine(Engine):
         ids, parts = request.partial.token_ids, request.partial.segments
         assert [part.start for part in parts] == [0, *(part.end for part in parts[:-1])]
         assert parts[-1].end == len(ids) == len(request.partial.logprobs)
-        return all(
-            ids[at] == self.token(request.seed, at, part.policy_version) for part in parts for at in (part.start, part.end - 1)
-        )  # fmt: skip
+        looked_at = [(part.policy_version, at) for part in parts for at in (part.start, part.end - 1)]
+        return all(ids[at] == self.token(request.seed, at, version) for version, at in looked_at)
 
     def end(self, request: Request) -> int:
         return min(self.length(request.seed), request.sampling.max_new_tokens)

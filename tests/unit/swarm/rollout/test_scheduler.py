@@ -85,7 +85,9 @@ def test_every_group_is_returned_once_whole_and_nothing_is_written_twice(
             assert seed == seed_of(group.key, place)
             assert len(done.token_ids) == min(lengths[seed % len(lengths)], BUDGET) == len(done.logprobs)
             assert done.finish_reason == ("stop" if lengths[seed % len(lengths)] <= BUDGET else "length")
-            versions = [version for part in done.segments for version in [part.policy_version] * (part.end - part.start)]
+            versions = [
+                version for part in done.segments for version in [part.policy_version] * (part.end - part.start)
+            ]
             assert len(versions) == len(done.token_ids)
             assert all(token == engine.token(seed, at, versions[at]) for at, token in enumerate(done.token_ids))
             if verifies:
