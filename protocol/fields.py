@@ -66,7 +66,7 @@ class Fields:
     def label(self, name: str, max_bytes: int) -> str:
         """Return text that may be shown on a terminal: 1 to `max_bytes` bytes of UTF-8, no control characters."""
         value = self.text(name, max_bytes)
-        if not value or not _CONTROL_CHARACTERS.isdisjoint(value):
+        if not value or not (value.isprintable() or _CONTROL_CHARACTERS.isdisjoint(value)):
             raise self.bad(name, "is empty or has control characters")
         return value
 

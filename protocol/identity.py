@@ -26,6 +26,7 @@ _SIGNATURE_PREFIX = b"swarm-node/1"
 _MAX_DOMAIN_BYTES = 64
 _MAX_KEY_FILE_BYTES = 4096
 _PUBLIC_KEY_BYTES = 32
+_MAX_CACHED = 16_384  # names of keys, a few hundred bytes each: more than a node has peers and authors
 
 
 class Identity:
@@ -107,13 +108,13 @@ def verify(public_key: bytes, domain: bytes, message: bytes, signature: bytes) -
     return True
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=_MAX_CACHED)
 def node_id_of(public_key: bytes) -> str:
     """Return the node id of a public key."""
     return base64.b32encode(public_key).decode().rstrip("=").lower()
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=_MAX_CACHED)
 def public_key_of(node_id: str) -> bytes:
     """Return the public key of a node id. Raises IdentityError for a string that is not one."""
     try:
