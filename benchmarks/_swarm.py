@@ -113,7 +113,7 @@ class Swarm:
         self.network = MemoryNetwork(random.Random(f"network {seed}"), faults, virtual_clock())
         self.nodes: list[Node] = []
         self.failures: list[BaseException] = []
-        self._validators: dict[str, RecordValidator] = {}  # shared: what one node has verified, all have
+        self._validators: dict[str, RecordValidator] = {}  # shared: a DHT record that one node has verified, all have
         self._seed, self._num_made = seed, 0
 
     async def add(
