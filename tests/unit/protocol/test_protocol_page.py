@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import re
+import struct
 from pathlib import Path
 
 import msgpack
@@ -122,6 +123,32 @@ def test_the_other_messages_are_as_stated():
     assert unpack(EXAMPLE["peers_response"]) == [1, 0, [EXAMPLE["node_record"]]]
 
 
+def frames_of(stream):
+    """(kind, number, content) of every frame, and nothing left."""
+    while stream:
+        kind, number, size = struct.unpack(">BIH", stream[:7])
+        yield kind, number, stream[7 : 7 + size]
+        stream = stream[7 + size :]
+
+
+def test_the_requests_travel_as_stated():
+    kinds = {int(kind): name for kind, name in re.findall(r"\| (?:asker|answerer|both) \| (\d) \| ([A-Z]+) \|", PAGE)}
+    said = [(kinds[kind], number, content) for kind, number, content in frames_of(EXAMPLE["stream_of_the_asker"])]
+    assert [(kind, number) for kind, number, _ in said] == [("REQUEST", 1), ("REQUEST", 2), ("CANCEL", 2)]
+    for (_, _, content), name, payload in zip(said, ("pull", "peers"), ("pull_request", "peers_request"), strict=False):
+        size, most, length = struct.unpack(">IIB", content[:9])
+        assert content[9 : 9 + length] == name.encode()
+        assert content[9 + length :] == EXAMPLE[payload]
+        assert size == len(EXAMPLE[payload])
+        assert most == {"pull": 4 * 2**20, "peers": 66_048}[name]
+    said = [(kinds[kind], number, content) for kind, number, content in frames_of(EXAMPLE["stream_of_the_answerer"])]
+    assert said == [
+        ("ANSWER", 1, len(EXAMPLE["pull_response"]).to_bytes(4, "big") + EXAMPLE["pull_response"]),
+        ("CANCELLED", 2, b""),
+        ("CLOSING", 2, b""),
+    ]
+
+
 def test_the_filter_holds_the_root():
     root = open_signed(EXAMPLE["announcement"], b"announcement")[6]
     _, _, salt, num_hashes, bits, max_offers = unpack(EXAMPLE["repair_request"])
@@ -144,6 +171,7 @@ def test_no_bit_of_a_signed_record_can_change(name):
 
 def test_the_limits_stated_are_those_that_hold():
     from protocol import limits
+    from protocol.transport import base, dispatch, framing, hivemind, mux, outbox, pace
 
     def number(pattern):
         return int(stated(pattern).replace(",", ""))
@@ -160,6 +188,16 @@ def test_the_limits_stated_are_those_that_hold():
     assert number(r"more than ([\d,]+) s ahead of the receiver") == limits.MAX_FUTURE_SKEW_S
     assert number(r"a record lives ([\d,]+) s") == limits.NODE_RECORD_TTL_S
     assert number(r"`quiet_s`, 0 to ([\d,]+)") == limits.MAX_QUIET_S
+    assert number(r"A payload has at most 4 MiB \(([\d,]+) bytes\)") == base.MAX_FRAME_BYTES
+    assert number(r"a piece that does not end its payload has at least ([\d,]+)") == framing.MIN_PIECE_BYTES
+    assert number(r"hold up a small one \(([\d,]+) bytes") == outbox.CHUNK_BYTES
+    assert number(r"detail, UTF-8, at most ([\d,]+) bytes") == framing.MAX_DETAIL_BYTES
+    assert number(r"At most ([\d,]+) requests of one stream") == mux.MAX_OPEN_REQUESTS
+    assert number(r"takes none for ([\d,]+) s") == pace.GRACE_S
+    assert number(r"fewer than ([\d,]+) bytes/s") == pace.MIN_BYTES_PER_S
+    assert number(r"at most ([\d,]+) requests of one asker") == dispatch.MAX_REQUESTS_PER_ASKER
+    assert number(r"at one time, and ([\d,]+) of all") == dispatch.MAX_REQUESTS
+    assert f"`{hivemind.STREAM_PROTOCOL}`" in PAGE
 
 
 def test_every_reason_stands_on_the_page_with_what_it_costs():
