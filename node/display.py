@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TextIO
 
-__all__ = ["Display", "JsonDisplay", "PlainDisplay", "Progress", "RunInfo", "duration", "from_others"]
+__all__ = ["Display", "JsonDisplay", "PlainDisplay", "Progress", "RunInfo", "duration", "from_others", "partial_rollouts"]
 
 _ETA_ROUNDS = 50
 _LEAST_INTERVAL_S = 2.0
@@ -166,7 +166,7 @@ class PlainDisplay(Display):
 
 def _round_line(row: Mapping[str, Any], progress: Progress) -> str:
     shown = f"  held-out pass@1 {row['pass_at_1_heldout']:.3f}" if "pass_at_1_heldout" in row else ""
-    shown += from_others(row)
+    shown += from_others(row) + partial_rollouts(row)
     return (
         f"round {row['round']}/{progress.rounds}  reward {row['reward_mean']:.3f} "
         f"(average {row['reward_moving_average']:.3f}){shown}  {row['tokens_per_s']:,.0f} tokens/s  "
@@ -181,6 +181,17 @@ def from_others(row: Mapping[str, Any]) -> str:
     if not num_external + num_missing:
         return ""
     return f"  from others {num_external} of {num_external + num_missing} (peers {row['num_peers']})"
+
+
+def partial_rollouts(row: Mapping[str, Any]) -> str:
+    """Return what partial rollouts were in flight and what they saved; nothing where rollouts are synchronous."""
+    if "num_groups_in_flight" not in row:
+        return ""
+    stale = f", staleness {row['staleness_mean']:.2f}" if row["staleness_max"] else ""
+    return (
+        f"  in flight {row['num_groups_in_flight']} groups, {row['num_groups_recycled']} recycled{stale}, "
+        f"saved {row['saved_s']:.3f} s"
+    )
 
 
 def duration(seconds: float) -> str:

@@ -12,7 +12,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from node.display import Display, Progress, RunInfo, duration, from_others
+from node.display import Display, Progress, RunInfo, duration, from_others, partial_rollouts
 
 __all__ = ["LiveDisplay", "sparkline"]
 
@@ -122,6 +122,8 @@ class LiveDisplay(Display):
         if self._heldout:
             table.add_row("held-out pass@1", self._heldout_line())
         if row is not None:
+            if partial := partial_rollouts(row).strip():
+                table.add_row("rollouts", partial)
             table.add_row(
                 "speed", f"{row['tokens_per_s']:,.0f} tokens/s   {1 / max(row['round_s'], 1e-9):.1f} rounds/s"
             )

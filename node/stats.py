@@ -110,6 +110,13 @@ def _add_training(table: Table, training: Mapping[str, Any]) -> None:
         own, external = training["reward_own_mean"], training["reward_external_mean"]
         of_others = f"   of others {external:.3f}" if external is not None else ""
         table.add_row("reward", f"own {own:.3f}{of_others}   ({last})")
+    if (rollouts := training.get("rollouts")) is not None:
+        table.add_row(
+            "rollouts",
+            f"in flight {rollouts['num_groups_in_flight']:.1f} groups, {rollouts['num_groups_recycled']:.1f} recycled, "
+            f"staleness {rollouts['staleness_mean']:.2f} on average, {rollouts['staleness_max']} at most, "
+            f"saved {rollouts['saved_s']:.3f} s a round   ({last})",
+        )
     if training["pass_at_1_heldout"] is not None:
         table.add_row("held-out pass@1", f"{training['pass_at_1_heldout']:.3f}")
     if training["external_share"] is not None and training["num_external_wanted"]:

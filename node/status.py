@@ -62,6 +62,7 @@ def training_status(node: "Node", model: str, tasks: str) -> dict[str, Any]:
         "reward_external_mean": _mean(rows, "reward_external_mean"),
         "external_share": _external_share(rows),
         "full_rounds_share": _full_rounds_share(rows),
+        "rollouts": _rollouts(rows),
         "round_s": _mean(rows, "round_s"),
         "tokens_per_s": last.get("tokens_per_s"),
         "elapsed_s": last.get("elapsed_s", 0.0),
@@ -89,6 +90,21 @@ def warnings_of(training: Mapping[str, Any] | None, swarm: Mapping[str, Any] | N
 def _mean(rows: Sequence[Mapping[str, Any]], name: str) -> float | None:
     values = [row[name] for row in rows if row.get(name) is not None]
     return statistics.fmean(values) if values else None
+
+
+def _rollouts(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None] | None:
+    """Return what partial rollouts were in flight and what they saved; None where rollouts are synchronous."""
+    partial = [row for row in rows if "num_groups_in_flight" in row]
+    if not partial:
+        return None
+    means = {name: _mean(partial, name) for name in ("over_provision", "num_groups_in_flight", "num_groups_recycled")}
+    return {
+        **means,
+        "staleness_mean": _mean(partial, "staleness_mean"),
+        "staleness_max": max(row["staleness_max"] for row in partial),
+        "num_tokens_cut": _mean(partial, "num_tokens_cut"),
+        "saved_s": _mean(partial, "saved_s"),
+    }
 
 
 def _external_share(rows: Sequence[Mapping[str, Any]]) -> float | None:
