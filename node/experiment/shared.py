@@ -3,7 +3,8 @@
     policy    the initial weights are loaded once, each node trains a copy; the tokenizer is one
     tasks     sources, regenerated items and held-out questions are the same; which are asked is each node's own
     scorer    one pool of processes; a reward is a function of question and text, so none is computed twice
-    engine    one cache and one copy of packed weights, which are those of the node whose turn it is
+    engine    one cache and one copy of packed weights, which are those of the node whose turn it is; only with
+              partial rollouts, which stay in the engine from round to round, each node has its own
 
 Nothing here is safe between threads: the nodes of a simulation run in one.
 """
@@ -20,12 +21,11 @@ import torch
 
 from node.config import RunConfig
 from node.interrupt import InterruptibleEngine
-from node.parts import Parts, make_engine, make_trainer
+from node.parts import Parts, make_engine, make_rollouts, make_trainer
 from protocol.messages import TaskRef
 from swarm.engine.base import Engine, EngineStats, Request
 from swarm.engine.torch import TorchEngine
 from swarm.policy import Policy, load_policy
-from swarm.rollout.collector import RolloutCollector
 from swarm.scoring import Outcome, Score, ScoringPool
 from swarm.tasks import TaskSet, build_task_set
 from swarm.types import Completion, RolloutGroup
@@ -99,6 +99,16 @@ class EngineShare(Engine):
         """`state` are live weights: they are taken when they are needed, and may not change before that."""
         self._shared, self._state, self._version = shared, state, 0
         self.max_seq_len = shared.engine.max_seq_len
+
+    @property
+    def verifies_drafts(self) -> bool:  # type: ignore[override]
+        """Whether the engine does."""
+        return self._shared.engine.verifies_drafts
+
+    @property
+    def step_cost_tokens(self) -> float:  # type: ignore[override]
+        """That of the engine."""
+        return self._shared.engine.step_cost_tokens
 
     @property
     def stats(self) -> EngineStats:  # type: ignore[override]
@@ -178,11 +188,15 @@ class SharedParts:
         policy = replace(original, model=copy.deepcopy(original.model))
         trainer = make_trainer(config, policy)
         tasks = self.tasks(config)
-        key = _key(config.model, config.tasks, config.engine, config.rollout.max_new_tokens)
-        shared = _once(self._engines, key, lambda: SharedEngine(make_engine(config, original, tasks)))
-        engine = EngineShare(shared, trainer.policy_state())
+        engine: TorchEngine | EngineShare
+        if config.rollout.is_partial:  # requests are in flight from one round to the next
+            engine = make_engine(config, original, tasks)
+        else:
+            key = _key(config.model, config.tasks, config.engine, config.rollout.max_new_tokens)
+            shared = _once(self._engines, key, lambda: SharedEngine(make_engine(config, original, tasks)))
+            engine = EngineShare(shared, trainer.policy_state())
         interruptible = InterruptibleEngine(engine, stopping, engine.max_seq_len)
-        rollouts = RolloutCollector(interruptible, policy, config.rollout, config.seed)
+        rollouts = make_rollouts(config, interruptible, policy, tasks)
         return Parts(policy, tasks, interruptible, rollouts, self.scorer(config), trainer)
 
     def encodings(self, config: RunConfig) -> EncodingMemory:
