@@ -33,6 +33,7 @@ from protocol.transport.dispatch import MAX_NAME_CHARACTERS, check_name
 
 __all__ = [
     "ANSWER",
+    "ANSWER_OVERHEAD_BYTES",
     "BODY",
     "CANCEL",
     "CANCELLED",
@@ -42,7 +43,9 @@ __all__ = [
     "MAX_PIECE_BYTES",
     "MIN_PIECE_BYTES",
     "REFUSAL",
+    "REFUSAL_OVERHEAD_BYTES",
     "REQUEST",
+    "REQUEST_OVERHEAD_BYTES",
     "BrokenStream",
     "Frame",
     "FrameParser",
@@ -66,6 +69,9 @@ LENGTH_BYTES = 4
 _HEADER = struct.Struct(">BIH")
 _LENGTHS = struct.Struct(">IIB")
 HEADER_BYTES = _HEADER.size
+REQUEST_OVERHEAD_BYTES = HEADER_BYTES + _LENGTHS.size  # of a request that is one frame, beside name and body
+ANSWER_OVERHEAD_BYTES = HEADER_BYTES + LENGTH_BYTES  # of an answer that is one frame
+REFUSAL_OVERHEAD_BYTES = HEADER_BYTES + 1  # beside code and detail
 _NAME = re.compile(rb"[a-z_]{1,32}\Z")
 _SIZES = {  # the least and the most bytes after the header, by kind
     REQUEST: (2 * LENGTH_BYTES + 2, MAX_PIECE_BYTES),

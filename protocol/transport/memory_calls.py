@@ -4,13 +4,12 @@ import asyncio
 from typing import TYPE_CHECKING, Any
 
 from protocol.transport.base import PeerUnreachable, RequestRefused, ResponseTooLarge
+from protocol.transport.framing import ANSWER_OVERHEAD_BYTES, REFUSAL_OVERHEAD_BYTES, REQUEST_OVERHEAD_BYTES
 
 if TYPE_CHECKING:
     from protocol.transport.memory import MemoryTransport
 
-__all__ = ["HEADER_BYTES", "Call", "fail", "succeed"]
-
-HEADER_BYTES = 5  # of a request, beside its name, and of a response
+__all__ = ["Call", "fail", "succeed"]
 
 
 class Call:
@@ -29,7 +28,7 @@ class Call:
 
     def send(self) -> None:
         """Put the request on its way, as often as the network's faults say."""
-        num_bytes = HEADER_BYTES + len(self.name or "") + len(self.payload)
+        num_bytes = REQUEST_OVERHEAD_BYTES + len(self.name or "") + len(self.payload)
         delay_s, faults, rng = self.asker.send_after_s(num_bytes), self.network.faults, self.network.rng
         if faults.loss and rng.random() < faults.loss:
             return
@@ -54,12 +53,12 @@ class Call:
         """Put the peer's response on its way back."""
         network = self.network
         error: Exception | None = None
-        num_bytes = HEADER_BYTES + len(response)
+        num_bytes = ANSWER_OVERHEAD_BYTES + len(response)
         if refusal is not None:
-            num_bytes += 1 + len(refusal.code) + len(refusal.detail.encode())
+            num_bytes = REFUSAL_OVERHEAD_BYTES + len(refusal.code) + len(refusal.detail.encode())
             error = RequestRefused(refusal.code, refusal.detail)
         elif len(response) > self.max_response_bytes:
-            num_bytes = HEADER_BYTES
+            num_bytes = ANSWER_OVERHEAD_BYTES
             error = ResponseTooLarge(f"{len(response)} bytes, over the cap of {self.max_response_bytes}")
         delay_s = peer.send_after_s(num_bytes)
         if network.faults.loss and network.rng.random() < network.faults.loss:

@@ -12,8 +12,8 @@ from protocol.transport.base import (
     RequestTimedOut,
     TransportDown,
 )
+from protocol.transport.framing import ANSWER_OVERHEAD_BYTES, REQUEST_OVERHEAD_BYTES
 from protocol.transport.memory import Faults, MemoryNetwork, MemoryTransport
-from protocol.transport.memory_calls import HEADER_BYTES
 from protocol.transport.memory_network import NUM_REPLICAS
 from protocol.transport.virtual_time import virtual_clock
 
@@ -64,17 +64,17 @@ async def test_latency_is_paid_there_and_back():
 @in_virtual_time
 async def test_bandwidth_is_shared_by_the_messages_of_a_node():
     _, (a, b) = await nodes(2, Faults(latency_s=(0, 0), bandwidth_bytes_per_s=1000))
-    await asyncio.gather(*(a.request(b.node_id, "echo", b"x" * 991, max_response_bytes=0, timeout_s=60)
+    await asyncio.gather(*(a.request(b.node_id, "echo", b"x" * 980, max_response_bytes=0, timeout_s=60)
                            for _ in range(3)), return_exceptions=True)  # fmt: skip
-    # Three requests of 1,000 bytes leave in turn; the header of each answer takes 5 ms of the peer's own uplink.
-    assert asyncio.get_running_loop().time() == pytest.approx(3.005)
+    # Three requests of 1,000 bytes leave in turn; the header of each answer takes 11 ms of the peer's own uplink.
+    assert asyncio.get_running_loop().time() == pytest.approx(3.011)
 
 
 @in_virtual_time
 async def test_every_byte_is_counted_on_both_sides():
     _, (a, b) = await nodes(2)
     await ask(a, b, b"x" * 100)
-    there, back = HEADER_BYTES + len("echo") + 100, HEADER_BYTES + 100
+    there, back = REQUEST_OVERHEAD_BYTES + len("echo") + 100, ANSWER_OVERHEAD_BYTES + 100
     assert (a.traffic.bytes_out, a.traffic.bytes_in) == (there, back)
     assert (b.traffic.bytes_out, b.traffic.bytes_in) == (back, there)
     assert (a.traffic.num_requests_out, b.traffic.num_requests_in) == (1, 1)
