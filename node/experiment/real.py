@@ -59,8 +59,13 @@ class RealUnit:
         shutil.rmtree(self._folder)
         return True
 
+    def stop(self) -> None:
+        """Ask all of them to end."""
+        for process in (self._bootstrap, *self._nodes):
+            process.end()
+
     def end(self) -> None:
-        """Stop all of them, and remove what they have left."""
+        """Wait for their end, and remove what they have left."""
         end_all([self._bootstrap, *self._nodes], _END_WITHIN_S)
         shutil.rmtree(self._folder)
 

@@ -4,6 +4,7 @@ What it runs a unit with is given to it: a simulation in a process of its own, o
 of one unit ends those that run; their rounds are lost, and finished units stay.
 """
 
+import json
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -23,7 +24,8 @@ from swarm.errors import TrainingDiverged, UserError
 __all__ = ["RunningUnit", "SimulatedUnit", "UnitFailed", "run_units"]
 
 _POLL_S: Final = 0.2
-_LINE_INTERVAL_S: Final = 10.0
+_LINE_INTERVAL_S: Final = 10.0  # at least
+_LINES: Final = 50  # about so many lines, from the tenth minute on
 _END_WITHIN_S: Final = 5.0
 
 
@@ -43,16 +45,17 @@ class RunningUnit(Protocol):
     def finished(self) -> bool:
         """Whether its file is written. Raises what it has failed with."""
 
+    def stop(self) -> None:
+        """Ask it to end, and return at once."""
+
     def end(self) -> None:
-        """Stop it; nothing of it is left."""
+        """Wait a short while for its end, then see to it; nothing of it is left."""
 
 
 class SimulatedUnit:
     """A unit in a process of its own."""
 
     def __init__(self, unit: Unit, folder: Path) -> None:
-        import json
-
         self.unit = unit
         self._result = unit_path(folder, unit)
         self._result.parent.mkdir(parents=True, exist_ok=True)
@@ -83,9 +86,14 @@ class SimulatedUnit:
         self._process.log.unlink()
         return True
 
+    def stop(self) -> None:
+        """Ask it to end."""
+        self._process.end()
+
     def end(self) -> None:
-        """Stop it."""
+        """Wait for its end."""
         end_all([self._process], _END_WITHIN_S)
+        self._process.log.unlink()
 
 
 def run_units(
@@ -110,6 +118,8 @@ def run_units(
     finally:
         for number in before:
             signal.signal(number, signal.SIG_IGN)
+        for one in running:
+            one.stop()
         for one in running:
             one.end()
         for number, handler in before.items():
@@ -153,7 +163,7 @@ class _Progress:
             self._rounds_left[one.unit.name] = _rounds(one.unit) - one.rounds_done
         if self._shows_live:
             self._live.update("\n".join([self._summary(now_s), *map(_line, running)]), refresh=True)
-        elif now_s - self._said_s >= _LINE_INTERVAL_S:
+        elif now_s - self._said_s >= max(_LINE_INTERVAL_S, (now_s - self._began_s) / _LINES):
             self._said_s = now_s
             text = "   ".join([self._summary(now_s), *map(_line, running)])
             self._console.print(text, highlight=False, soft_wrap=True)

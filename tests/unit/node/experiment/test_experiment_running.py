@@ -45,6 +45,9 @@ class Counting:
         self.log.append(f"done {self.unit.name}")
         return True
 
+    def stop(self):
+        self.log.append(f"stop {self.unit.name}")
+
     def end(self):
         self.log.append(f"end {self.unit.name}")
 
@@ -79,16 +82,16 @@ def test_as_many_as_there_are_jobs_run_side_by_side_the_first_ones_first(monkeyp
 def test_one_that_fails_ends_the_others_and_says_why(monkeypatch):
     monkeypatch.setattr("node.experiment.running._POLL_S", 0.0)
     log = []
+
+    def begin(unit):
+        fails = unit.arm == "4/4"
+        return Counting(unit, log, 2 if fails else 9, UserError("no such model") if fails else None)
+
     with pytest.raises(UserError, match="no such model"):
-        run_units(
-            UNITS,
-            2,
-            lambda unit: Counting(unit, log, 2, UserError("no such model") if unit.arm == "4/4" else None),
-            0,
-            io.StringIO(),
-        )
-    assert "end 4-4-seed1" in log
-    assert not any("seed2" in line and "done" in line for line in log)
+        run_units(UNITS, 2, begin, 0, io.StringIO())
+    # All are asked before one is waited for.
+    assert log[-4:] == ["stop 8-0-seed1", "stop 4-4-seed1", "end 8-0-seed1", "end 4-4-seed1"]
+    assert not any(line.startswith("done") for line in log)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
