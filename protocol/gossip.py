@@ -12,14 +12,16 @@ is `pulling`'s.
 """
 
 import asyncio
+import math
+from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from protocol.admission import Admission
 from protocol.announcements import Announcements, LiveBatch
 from protocol.bloom import in_bloom, repair_request
 from protocol.limits import (
     MAX_ANNOUNCE_REQUEST_BYTES,
-    MAX_QUIET_S,
     MAX_REPAIR_REQUEST_BYTES,
     MAX_REPAIR_RESPONSE_BYTES,
     MAX_SMALL_REQUEST_BYTES,
@@ -54,40 +56,67 @@ TICK_S = 5.0
 MAX_OUTBOX = 256  # batches that one neighbour is to be told of
 MIN_OFFERS = 8  # asked for in one repair
 _APPETITE_S = 60.0
-_BATCHES_PER_FRAME = 1.5  # heard of, for each frame that is pulled: a choice, and some that fail
+_FRAMES_PER_FRAME = 1.5  # heard of, for each frame that is pulled: a choice, and some that fail
+_MAX_COUNTED = 2  # frames of one batch that count as heard of: what is pulled is to come from many authors
+_MAX_AUTHORS = 1024  # whose rates are remembered
+
+
+@dataclass(slots=True)
+class _Rates:
+    """Frames of the last minute, older ones fading."""
+
+    pulled: float = 0.0
+    heard: float = 0.0
+    at_s: float = 0.0  # unix seconds
+
+    def fade(self, now_s: float) -> None:
+        faded = 0.5 ** (max(0.0, now_s - self.at_s) / _APPETITE_S)
+        self.pulled, self.heard, self.at_s = self.pulled * faded, self.heard * faded, max(now_s, self.at_s)
 
 
 class Appetite:
-    """How many announcements a node has use for: a little more than the frames that it pulls.
+    """How many announcements a node has use for: such that they tell of a few more frames than it pulls.
 
-    Both are rates over the last minute. Times are unix seconds.
+    An author from whom little is pulled counts little, however much it announces: it must not bring a node to hear
+    nobody else. Times are unix seconds.
     """
 
     def __init__(self) -> None:
-        self._frames = self._heard = self._at_s = 0.0
+        self._all = _Rates()
+        self._authors: OrderedDict[str, _Rates] = OrderedDict()  # those met last, last
 
-    def pulled(self, num_frames: int, now_s: float) -> None:
+    def pulled(self, author: str, num_frames: int, now_s: float) -> None:
         """Note frames that were pulled."""
-        self._fade(now_s)
-        self._frames += num_frames
+        for rates in (self._all, self._author(author)):
+            rates.fade(now_s)
+            rates.pulled += num_frames
 
-    def heard(self, now_s: float) -> None:
-        """Note one new announcement."""
-        self._fade(now_s)
-        self._heard += 1
+    def heard(self, author: str, num_frames: int, now_s: float) -> None:
+        """Note a new announcement of so many frames."""
+        own = self._author(author)
+        own.fade(now_s)
+        room = _MAX_COUNTED * (2 + _FRAMES_PER_FRAME * own.pulled) - own.heard
+        num_counted = max(0.0, min(room, num_frames, _MAX_COUNTED))
+        for rates in (self._all, own):
+            rates.fade(now_s)
+            rates.heard += num_counted
 
     def quiet_s(self, now_s: float) -> int:
         """For how long nothing needs to be heard, as things are; 0 if something does."""
-        self._fade(now_s)
-        wanted = max(_BATCHES_PER_FRAME * self._frames, float(MIN_OFFERS))
-        if self._heard <= wanted:
+        self._all.fade(now_s)
+        wanted = max(_FRAMES_PER_FRAME * self._all.pulled, float(MIN_OFFERS))
+        if self._all.heard <= wanted:
             return 0
-        # What was heard fades by the same rule as what was pulled: the surplus is gone after about this long.
-        return min(MAX_QUIET_S, int(_APPETITE_S * (self._heard - wanted) / self._heard) + 1)
+        # By fading alone the surplus would be gone in half of this; but each neighbour hears of it on its own. And no
+        # longer than what was heard and pulled counts: much may have changed by then.
+        return int(min(_APPETITE_S, 2 * _APPETITE_S * math.log2(self._all.heard / wanted))) + 1
 
-    def _fade(self, now_s: float) -> None:
-        faded = 0.5 ** (max(0.0, now_s - self._at_s) / _APPETITE_S)
-        self._frames, self._heard, self._at_s = self._frames * faded, self._heard * faded, max(now_s, self._at_s)
+    def _author(self, author: str) -> _Rates:
+        rates = self._authors.setdefault(author, _Rates())
+        self._authors.move_to_end(author)
+        if len(self._authors) > _MAX_AUTHORS:
+            self._authors.popitem(last=False)
+        return rates
 
 
 class Gossip:
@@ -107,6 +136,7 @@ class Gossip:
         self._admission, self._neighbours, self._relays_unscored = admission, neighbours, relays_unscored
         self.appetite = Appetite()
         self.num_unknown: Callable[[], int] = lambda: 0  # groups that are lacking, of which no frame is known
+        self.num_lacking: Callable[[], int] = lambda: 0  # groups that are lacking, and not under way
         self.is_wanted: Callable[[str], bool] = lambda author: True  # whether its groups count as enough to hear
         self.on_news: Callable[[], None] = lambda: None  # frames have become known
         self._repair_now = asyncio.Event()
@@ -230,7 +260,7 @@ class Gossip:
             self._announcements.hold(batch, teller, offer.held)
             if self._local.counters.batches_heard > heard:
                 if self.is_wanted(batch.author):
-                    self.appetite.heard(self._local.clock())
+                    self.appetite.heard(batch.author, len(batch.announcement.frame_sizes), self._local.clock())
                 if self._relays_unscored and config.relay_fanout:
                     self.relay(batch)
         self.on_news()
@@ -249,7 +279,7 @@ class Gossip:
             raise local.refuse_malformed(refusal, asker) from None
         self._neighbours.heard(asker)
         self._take(request.offers, asker, asked=False)
-        quiet_s = 0 if self.num_unknown() else self.appetite.quiet_s(now_s)
+        quiet_s = 0 if self.num_lacking() else self.appetite.quiet_s(now_s)
         return encode_announce_response(AnnounceResponse(quiet_s))
 
     async def _handle_repair(self, asker: str, payload: bytes) -> bytes:

@@ -94,7 +94,8 @@ class Pulling:
     def start(self) -> None:
         """Start the background work; without it the node gives frames and pulls none."""
         self._started = True
-        self._gossip.num_unknown, self._gossip.on_news = lambda: self.num_unknown, self.wake
+        self._gossip.num_unknown, self._gossip.num_lacking = lambda: self.num_unknown, lambda: self.num_lacking
+        self._gossip.on_news = self.wake
         self._gossip.is_wanted = lambda author: not self.newcomers_are_capped or not self.is_newcomer(author)
         self._local.tasks.spawn(self._pull_loop(), "pull")
         for number in range(self._local.config.num_rescore_workers):
@@ -195,7 +196,7 @@ class Pulling:
                 answer = await self._ask(holder, batch, sorted(wanted))
                 if answer is not None:
                     leaves, frames = answer
-                    wanted -= frames.keys()
+                    wanted.difference_update(frames)  # the set that the pull is counted by
                     for number, frame in frames.items():
                         if pull.counts:
                             self._under_way[batch.author] -= 1
@@ -263,7 +264,7 @@ class Pulling:
             return None
         local.reputation.served(holder, local.clock())
         local.counters.frames_pulled += len(frames)
-        self._gossip.appetite.pulled(len(frames), local.clock())
+        self._gossip.appetite.pulled(batch.author, len(frames), local.clock())
         if holder in self._neighbours.ids:
             self._neighbours.heard(holder)
             local.counters.pulls_from_neighbours += 1

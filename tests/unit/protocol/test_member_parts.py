@@ -15,13 +15,25 @@ from protocol.tasks import Tasks
 def test_a_node_that_pulls_wants_to_hear_and_one_that_does_not_has_enough():
     appetite = Appetite()
     for at_s in range(0, 300, 10):
-        appetite.pulled(10, at_s)
-        appetite.heard(at_s)
+        appetite.pulled("a", 10, at_s)
+        appetite.heard("a", 8, at_s)
     assert appetite.quiet_s(300) == 0
-    for _ in range(1000):
-        appetite.heard(300)
+    for number in range(1000):
+        appetite.heard(f"another {number}", 8, 300)
     assert 30 < appetite.quiet_s(300) <= 61
     assert appetite.quiet_s(3000) == 0
+
+
+def test_an_author_of_whom_nothing_is_pulled_cannot_still_the_appetite_for_others():
+    appetite = Appetite()
+    for at_s in range(0, 300, 10):
+        appetite.pulled("useful", 4, at_s)
+        for _ in range(100):
+            appetite.heard("useless", 64, at_s)
+    assert appetite.quiet_s(300) == 0
+    for _ in range(100):
+        appetite.heard("useful", 64, 300)
+    assert appetite.quiet_s(300) > 0
 
 
 def test_the_odd_clock_is_told_and_a_close_one_is_not():
