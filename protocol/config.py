@@ -83,7 +83,9 @@ class SwarmConfig(BaseModel):
     ban_s: float = Field(600, gt=0, description="for how long")
 
     # Directory.
-    refresh_s: float = Field(40, gt=0, le=60, description="how often the node's own record is renewed")
+    refresh_s: float = Field(
+        100, gt=0, le=120, description="how often the node's own record is renewed, in one of its two places"
+    )
     save_s: float = Field(30, gt=0, description="how often peers, reputation and pool are saved")
 
     @model_validator(mode="after")

@@ -78,7 +78,7 @@ MAX_FUTURE_SKEW_S = 60  # how far a peer's clock may be ahead: what NTP does not
 
 # A node record.
 MAX_NODE_RECORD_BYTES = 1024  # signature included: 50 of them in a DHT shard stay far below its 4 MiB
-NODE_RECORD_TTL_S = 120  # how long it is believed after `created_at_ms`; its owner writes a new one every 40 s
+NODE_RECORD_TTL_S = 300  # in the DHT, from `created_at_ms` on; its owner writes a new one every 200 s
 MAX_ADDRESSES = 8  # TCP and QUIC over IPv4 and IPv6, local and public
 MAX_ADDRESS_BYTES = 256  # one multiaddress with its peer id; through a relay it has two
 MAX_LABEL_BYTES = 64  # UTF-8 of `transport`, `software` and `model`

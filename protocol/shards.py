@@ -8,7 +8,8 @@ them. Two salts make two tries with unrelated keys: whoever holds all replicas o
     key    = 16 bytes of SHA-256("swarm-node/shard" | swarm id), salt (1 byte), depth (1 byte), prefix (2 bytes)
     prefix = the first `depth` bits of SHA-256(salt byte | public key), the rest zero
 
-A record is believed under a key only if its owner signed it, may write that key, and it expires in time.
+A record is believed under a key only if its owner signed it, may write that key, and it expires when its signed time
+says.
 """
 
 import hashlib
@@ -31,6 +32,7 @@ NUM_SALTS = 2
 MAX_SHARD_DEPTH = 16
 SHARD_ROOM = 12
 _LOOK_UP = 0.25  # how often a node that has room looks for room above, where readers come first
+_MAX_EXPIRY_ERROR_S = 1.0  # between a record's expiration and what its signed time makes of it: rounding, no more
 _MAX_CHECKED = 4096  # signatures that are remembered as good, since the DHT shows the same records again and again
 
 
@@ -76,8 +78,10 @@ def record_validator(swarm_id: str) -> RecordValidator:
         found = read(value, now)
         if found is None or found[0] != owner:
             return False
-        # The expiration is the transport's and unsigned: bound to the signed time, an old record cannot be revived.
-        return found[1] <= now + MAX_FUTURE_SKEW_S and expires_at <= found[1] + NODE_RECORD_TTL_S
+        # The expiration is the transport's and unsigned: bound to the signed time, an old record cannot be revived, nor
+        # a holder let a live one seem older than another.
+        is_due = abs(expires_at - (found[1] + NODE_RECORD_TTL_S)) <= _MAX_EXPIRY_ERROR_S
+        return is_due and found[1] <= now + MAX_FUTURE_SKEW_S
 
     return is_valid
 

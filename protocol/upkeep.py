@@ -2,13 +2,16 @@
 
     renew      every `refresh_s` the node's record is signed anew and stored in its places (`shards`), which take
                turns: each is renewed before the record in it expires
-    discover   neighbours are asked for records, and a shard is read: often while few nodes are known, seldom else
+    discover   neighbours are asked for records, and a shard is read: often while that tells of new nodes and few
+               are known, or while there is no neighbour; seldom else
     peers      answered to anyone, within a quota
 
-A DHT or a neighbour that does not answer is a fact of life: it is counted, and tried again in its turn.
+A read of a shard costs as much as a dozen groups, a renewal as much as one: neither is done more often than it is of
+use. A DHT or a neighbour that does not answer is a fact of life: it is counted, and tried again in its turn.
 """
 
 import asyncio
+import contextlib
 from collections.abc import Sequence
 
 from protocol.announcements import Announcements
@@ -37,12 +40,16 @@ from protocol.wire import decode_node_record
 
 __all__ = ["Upkeep"]
 
+FIRST_LINK_S = 25.0  # that a node that starts waits for somebody to store its record with
+RENEW_AGAIN_S = 10.0  # after a renewal that failed, and at the soonest
 FIRST_PLACE_AGAIN_S = 25.0  # nodes that start together find the same room, and look again at times of their own
-PLACE_AGAIN_S = 3600.0  # how often a node looks whether its place in the DHT is still right: dear, and seldom news
+PLACE_AGAIN_S = 7200.0  # how often a node looks whether its place in the DHT is still right: dear, and seldom news
 FORGET_S = 10.0
 MANY_NODES = 64  # known, beyond which there is no hurry to know more: a small swarm is known whole
 _ASK_S = (5.0, 300.0)  # how often a neighbour is asked for records: while few nodes are known, and at most
-_READ_S = (15.0, 3600.0)  # the same, for reading a shard: it costs as much as a whole round of groups
+FIRST_READ_S = 60.0  # by then those that started together have placed their records
+READ_AGAIN_S = 15.0  # while reading tells of new nodes, or there is no neighbour
+READ_SELDOM_S = 3600.0
 
 
 class Upkeep:
@@ -62,6 +69,8 @@ class Upkeep:
         self._local, self._directory, self._shards, self._neighbours = local, directory, shards, neighbours
         self._own_record, self._announcements, self._store, self._pool = own_record, announcements, store, pool
         self._answers = Quotas(0.5, 8, 1024)
+        self._linked = asyncio.Event()  # there is, or was, a neighbour
+        neighbours.on_link.append(lambda link: self._linked.set())
         self.num_holders = 0  # nodes that hold the own record, as the DHT says
         local.transport.handle("peers", self._handle_peers, max_request_bytes=MAX_SMALL_REQUEST_BYTES)
 
@@ -75,48 +84,48 @@ class Upkeep:
         """Keep the own record in the DHT. Waits for its turn; ends with the member."""
         local = self._local
         place_at_s, place_pause_s, turn = 0.0, FIRST_PLACE_AGAIN_S * local.rng.uniform(0.5, 1.5), 0
+        with contextlib.suppress(TimeoutError):  # some who give no place to a neighbour hold records all the same
+            async with asyncio.timeout(FIRST_LINK_S):
+                await self._linked.wait()
         while True:
+            pause_s = local.config.refresh_s * local.rng.uniform(0.9, 1.1)
             try:
                 salts: Sequence[int] = [turn % NUM_SALTS]
-                turn += 1
                 if local.clock() >= place_at_s:
                     await self._shards.place(self._found)
                     place_at_s = local.clock() + place_pause_s
-                    place_pause_s = PLACE_AGAIN_S * local.rng.uniform(0, 2)
+                    place_pause_s = PLACE_AGAIN_S * local.rng.uniform(0.5, 1.5)
                     salts = range(NUM_SALTS)
                 self.num_holders = await self._shards.publish(self._own_record.renew(), salts)
+                turn += 1
                 self._neighbours.wake()
             except TransportError:
                 local.counters.requests_failed += 1
+                pause_s = 0.0
             except ValueError:  # the transport's clock is not this node's, and one of them is wrong: `clocks` says so
                 local.refuse(Reason.CLOCK_SKEW)
-            await asyncio.sleep(local.config.refresh_s * local.rng.uniform(0.9, 1.1))
+            await asyncio.sleep(max(RENEW_AGAIN_S, min(pause_s, place_at_s - local.clock())))
 
     async def _discover_loop(self) -> None:
         """Learn of nodes. Waits longer while many are known; ends with the member."""
         local, rng = self._local, self._local.rng
-        ask_s, read_s, turn = _ASK_S[0], _READ_S[0], 0
-        ask_at_s = read_at_s = local.clock() + rng.uniform(0, _ASK_S[0])
+        ask_s, turn, lonely_at_s = _ASK_S[0], 0, 0.0
+        ask_at_s = local.clock() + rng.uniform(0, _ASK_S[0])
+        read_at_s = local.clock() + FIRST_READ_S * rng.uniform(0.5, 1.5)
         while True:
             await asyncio.sleep(_ASK_S[0] * rng.uniform(0.8, 1.2))
-            now_s = local.clock()
-            few = len(self._directory) - len(self._neighbours.ids) < local.config.num_outbound
-            lonely = not self._neighbours.ids
+            now_s, lonely = local.clock(), not self._neighbours.ids
             if now_s >= ask_at_s and not lonely:
                 num_new = await self._ask(rng.choice(list(self._neighbours.ids)))
                 many = len(self._directory) >= MANY_NODES
                 ask_s = _next_pause_s(ask_s, _ASK_S, often=num_new > 0 and not many, seldom=many)
                 ask_at_s = now_s + ask_s * rng.uniform(0.5, 1.5)
-            if now_s >= read_at_s:
-                num_before = len(self._directory)
-                try:
-                    await self._shards.read(turn % NUM_SALTS, self._found)
-                except TransportError:
-                    local.counters.requests_failed += 1
+            if now_s >= (lonely_at_s if lonely else read_at_s):
+                num_new = await self._read(turn % NUM_SALTS)
                 turn += 1
-                often = lonely or (few and len(self._directory) > num_before)
-                read_s = _next_pause_s(read_s, _READ_S, often=often, seldom=not few)
-                read_at_s = now_s + read_s * rng.uniform(0, 2)
+                few = len(self._directory) - len(self._neighbours.ids) < local.config.num_outbound
+                lonely_at_s = now_s + READ_AGAIN_S * rng.uniform(0.5, 1.5)
+                read_at_s = now_s + (READ_AGAIN_S if few and num_new else READ_SELDOM_S) * rng.uniform(0, 2)
             for link in self._neighbours.outbound():
                 if now_s - link.greeted_at_s > GREET_AGAIN_S:
                     await self._neighbours.greet_again(link)
@@ -131,6 +140,15 @@ class Upkeep:
                 self._store.drop(root)
             self._store.expire(now_s)
             self._pool.expire(now_s)
+
+    async def _read(self, salt: int) -> int:
+        """Read a shard; return how many nodes of it were new."""
+        num_before = len(self._directory)
+        try:
+            await self._shards.read(salt, self._found)
+        except TransportError:
+            self._local.counters.requests_failed += 1
+        return len(self._directory) - num_before
 
     async def _ask(self, node_id: str) -> int:
         """Ask a neighbour whom it knows; return how many were new."""

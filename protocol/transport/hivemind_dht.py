@@ -14,13 +14,16 @@ import contextlib
 import hashlib
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import Any
 
 import msgpack
+from google.protobuf.message import DecodeError
 from hivemind.dht.node import DHTNode
 from hivemind.dht.routing import DHTID
 from hivemind.dht.storage import DictionaryDHTValue
 from hivemind.p2p import PeerID
+from hivemind.p2p.p2p_daemon_bindings.utils import P2PDaemonError, P2PHandlerError
 from hivemind.proto import dht_pb2
 from hivemind.utils import MSGPackSerializer
 from hivemind.utils.timed_storage import ValueWithExpiration
@@ -44,7 +47,8 @@ from protocol.transport.peer_id import node_id_of_peer_bytes
 
 __all__ = ["Dht", "DhtFilter", "dht_id_of_peer"]
 
-NUM_REPLICAS = 5  # nodes that are asked to hold a record
+NUM_REPLICAS = 8  # nodes that are asked to hold a record: some remain where others have taken places next to its key
+HOLDERS_S = 600.0  # for which those that hold a record are asked again without a new walk
 NUM_NEIGHBOURS = 20  # nodes that a peer names as nearer to a key
 NUM_NEAREST_ANSWERED = 8  # a walk ends when so many of the nearest nodes that live have answered
 NUM_PARALLEL = 4  # calls of one walk
@@ -201,6 +205,15 @@ def _is_node(peer: bytes) -> bool:
     return True
 
 
+@dataclass(frozen=True, slots=True)
+class _Holders:
+    """Who holds the node's own record under one key."""
+
+    peers: tuple[PeerID, ...]
+    is_held_here: bool
+    until_s: float  # unix seconds: others may be nearer to the key by then
+
+
 class Dht:
     """One node's part in the DHT, while one p2pd lives."""
 
@@ -209,6 +222,7 @@ class Dht:
     ) -> None:
         self._node, self._daemon, self._owner, self._validator, self._clock = node, daemon, owner, validator, clock
         self._place = dht_id_of_peer(daemon.peer_id.to_bytes())
+        self._holders: dict[DHTID, _Holders] = {}  # by key; of as many keys as this node writes to
 
     @classmethod
     async def start(
@@ -250,7 +264,7 @@ class Dht:
         stub = self._node.protocol.get_stub(PeerID(peer))
         try:
             return await stub.rpc_ping(dht_pb2.PingRequest(peer=own, validate=False), timeout=CALL_TIMEOUT_S)
-        except Exception as error:  # whatever hivemind makes of a peer that speaks otherwise, or not at all
+        except (P2PDaemonError, P2PHandlerError, DecodeError, TimeoutError) as error:
             raise PeerUnreachable(f"the peer does not speak this protocol: {type(error).__name__}") from error
 
     async def fill_routing_table(self) -> None:
@@ -267,22 +281,41 @@ class Dht:
         subkey: bytes = msgpack.packb(self._owner, use_bin_type=True)
         if self._validator.owner_of(place.to_bytes(), subkey, packed, expires_at) is None:
             raise ValueError("the node's own validator refuses this record, or it expires too late")
-        nearest = await self._walk(place, None)
-        num_held = 0
+        holders = self._holders.pop(place, None)
+        if holders is not None and self._clock() < holders.until_s:
+            num_held = self._store_here(place, packed, expires_at) if holders.is_held_here else 0
+            num_held += len(await self._store_at(holders.peers, place, packed, expires_at))
+            if num_held >= NUM_REPLICAS:
+                self._holders[place] = holders
+                return num_held
+        # Next to the key, so that the same nodes are found, and nobody sends the records that stand under it.
+        nearest = await self._walk(DHTID(int(place) ^ 1), None)
         own = place.xor_distance(self._place)
-        if sum(place.xor_distance(other) < own for other, _ in nearest[:NUM_REPLICAS]) < NUM_REPLICAS:
-            num_held += self._node.protocol.storage.store_subkey(place, self._owner, packed, expires_at)
+        is_near = sum(place.xor_distance(other) < own for other, _ in nearest[:NUM_REPLICAS]) < NUM_REPLICAS
+        is_held_here = is_near and self._store_here(place, packed, expires_at)
         targets = [peer for _, peer in nearest[: NUM_REPLICAS + 3]]  # some to spare, for those that are full
-        while targets and num_held < NUM_REPLICAS:
-            batch, targets = targets[: NUM_REPLICAS - num_held], targets[NUM_REPLICAS - num_held :]
-            async with asyncio.TaskGroup() as group:
-                calls = [group.create_task(self._store_at(p, place, packed, expires_at)) for p in batch]
-            num_held += sum(call.result() for call in calls)
-        return num_held
+        held: list[PeerID] = []
+        while targets and (num_missing := NUM_REPLICAS - is_held_here - len(held)) > 0:
+            held += await self._store_at(tuple(targets[:num_missing]), place, packed, expires_at)
+            targets = targets[num_missing:]
+        self._holders[place] = _Holders(tuple(held), is_held_here, self._clock() + HOLDERS_S)
+        return is_held_here + len(held)
 
-    async def _store_at(self, peer: PeerID, place: DHTID, packed: bytes, expires_at: float) -> bool:
-        answer = await self._node.protocol.call_store(peer, [place], [packed], [expires_at], [self._owner])
-        return bool(answer and answer[0])
+    def _store_here(self, place: DHTID, packed: bytes, expires_at: float) -> bool:
+        return bool(self._node.protocol.storage.store_subkey(place, self._owner, packed, expires_at))
+
+    async def _store_at(
+        self, peers: tuple[PeerID, ...], place: DHTID, packed: bytes, expires_at: float
+    ) -> list[PeerID]:
+        """Ask some peers to hold the node's own record; return those that do."""
+
+        async def ask(peer: PeerID) -> bool:
+            answer = await self._node.protocol.call_store(peer, [place], [packed], [expires_at], [self._owner])
+            return bool(answer and answer[0])
+
+        async with asyncio.TaskGroup() as group:
+            calls = [group.create_task(ask(peer)) for peer in peers]
+        return [peer for peer, call in zip(peers, calls, strict=True) if call.result()]
 
     async def lookup(self, key: bytes, timeout_s: float) -> list[Record]:
         """Return the good records under a key that come in time: of each owner the one that expires last."""

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["NUM_REPLICAS", "Faults", "MemoryNetwork"]
 
-NUM_REPLICAS = 5  # nodes that hold one record
+NUM_REPLICAS = 8  # nodes that hold one record
 
 
 @dataclass(frozen=True, slots=True)

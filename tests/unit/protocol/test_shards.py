@@ -6,6 +6,7 @@ from _swarm import identity_of
 
 from protocol.about import NodeAbout
 from protocol.identity import Identity
+from protocol.limits import NODE_RECORD_TTL_S
 from protocol.messages import NodeRecord
 from protocol.own_record import sign_own_record
 from protocol.shards import MAX_SHARD_DEPTH, SHARD_ROOM, Shards, path_of, record_validator, shard_key
@@ -13,6 +14,7 @@ from protocol.transport import virtual_time
 from protocol.transport.memory import Faults, MemoryNetwork, MemoryTransport
 
 NOW_S = 1_800_000_000.0
+TTL_S = NODE_RECORD_TTL_S
 ABOUT = NodeAbout("trainer", "swarm-node/0.1.0", "tiny", ())
 IDENTITY = identity_of(1)
 
@@ -31,12 +33,12 @@ def own_key(salt: int = 0, depth: int = 0, swarm_id: str = "main") -> bytes:
 @pytest.mark.parametrize("depth", [0, 1, 7, MAX_SHARD_DEPTH])
 def test_an_owner_may_write_every_shard_on_its_path(salt, depth):
     is_valid = record_validator("main")
-    assert is_valid(own_key(salt, depth), IDENTITY.node_id, signed().encoded, NOW_S + 120, NOW_S)
+    assert is_valid(own_key(salt, depth), IDENTITY.node_id, signed().encoded, NOW_S + TTL_S, NOW_S)
 
 
 def test_everything_else_is_refused():
     is_valid = record_validator("main")
-    value, owner, expires_at = signed().encoded, IDENTITY.node_id, NOW_S + 120
+    value, owner, expires_at = signed().encoded, IDENTITY.node_id, NOW_S + TTL_S
     key = own_key()
     good = (key, owner, value, expires_at, NOW_S)
     assert is_valid(*good)
@@ -58,10 +60,11 @@ def test_everything_else_is_refused():
         "an altered record": (key, owner, value[:5] + flipped + value[6:], expires_at, NOW_S),
         "too large": (key, owner, value + bytes(1024), expires_at, NOW_S),
         "far future": (key, owner, value, NOW_S + 10**9, NOW_S),
-        "longer than its time allows": (key, owner, value, NOW_S + 121, NOW_S),
-        "expired": (key, owner, value, NOW_S + 120, NOW_S + 120),
-        "an old one with a new expiration": (key, owner, value, NOW_S + 200, NOW_S + 100),
-        "from the future": (key, owner, signed(created_at_s=NOW_S + 100).encoded, NOW_S + 150, NOW_S),
+        "longer than its time allows": (key, owner, value, NOW_S + TTL_S + 2, NOW_S),
+        "shorter than its time says": (key, owner, value, NOW_S + TTL_S - 2, NOW_S),
+        "expired": (key, owner, value, NOW_S + TTL_S, NOW_S + TTL_S),
+        "an old one with a new expiration": (key, owner, value, NOW_S + TTL_S + 100, NOW_S + 100),
+        "from the future": (key, owner, signed(created_at_s=NOW_S + 100).encoded, NOW_S + 100 + TTL_S, NOW_S),
     }
     for what, arguments in bad.items():
         assert not is_valid(*arguments), what
@@ -89,10 +92,10 @@ def test_shards_stay_small_and_readers_find_the_swarm(num_nodes):
             nodes.append((identity, transport, Shards(transport, "main", timeout_s=5, rng=random.Random(number))))
             await publish(*nodes[-1])
         # Who comes later with a better rank makes a shard too full, until the others look again.
-        await asyncio.sleep(60)
+        await asyncio.sleep(TTL_S / 2)
         for node in nodes:
             await publish(*node)
-        await asyncio.sleep(70)
+        await asyncio.sleep(0.6 * TTL_S)
         for salt in (0, 1):
             for depth in range(7):
                 for path in range(0, 1 << 16, 1 << (16 - depth)):
@@ -121,7 +124,7 @@ def test_a_flooded_shard_pushes_others_deeper_and_hides_nobody():
             shards = Shards(transport, "main", timeout_s=5, rng=random.Random(number))
             record = sign_own_record(identity, transport, "main", ABOUT, int(clock() * 1000))
             if number >= 1000:  # floods the root of the first trie, whoever else stands there
-                await transport.store(shard_key("main", 0, 0, 0), record.encoded, clock() + 119)
+                await transport.store(shard_key("main", 0, 0, 0), record.encoded, record.created_at_ms / 1000 + TTL_S)
             else:
                 await shards.place(lambda record, salt: None)
                 await shards.publish(record)
