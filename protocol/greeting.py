@@ -10,8 +10,11 @@ from protocol.signing import verify_node_record
 __all__ = ["check_hello"]
 
 
-def check_hello(hello: Hello, sender: str, local: Local) -> NodeRecord:
-    """Return the sender's record. Raises Refusal, whose detail names the fix."""
+def check_hello(hello: Hello, sender: str, local: Local, known: NodeRecord | None) -> NodeRecord:
+    """Return the sender's record. Raises Refusal, whose detail names the fix.
+
+    `known` is what the directory has of the sender: the same bytes are not verified twice.
+    """
     if hello.swarm_id != local.config.swarm_id:
         raise Refusal(
             Reason.OTHER_SWARM,
@@ -31,5 +34,6 @@ def check_hello(hello: Hello, sender: str, local: Local) -> NodeRecord:
             Reason.OTHER_TRANSPORT,
             f"this node's transport is {local.transport.name!r}, yours is {hello.record.transport!r}: use the same",
         )
-    verify_node_record(local.config.swarm_id, hello.record)
+    if known is None or known.encoded != hello.record.encoded:
+        verify_node_record(local.config.swarm_id, hello.record)
     return hello.record

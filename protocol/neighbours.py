@@ -200,9 +200,7 @@ class Neighbours:
         now_s, chosen = self._local.clock(), list[tuple[str, str]]()
         used = Counter(link.source for link in self.outbound())
         exclude = {link.node_id for link in self.outbound()} | {self._local.node_id}
-        for known in self._directory.nodes():
-            if self._local.reputation.is_banned(known.record.node_id, now_s):
-                exclude.add(known.record.node_id)
+        exclude |= self._local.reputation.banned(now_s)
         strangers_only = exclude | self._links.keys()
         while len(chosen) < min(num, _NUM_DIALS):
             # One that has chosen this node is as good as any, where nobody else is left.
@@ -266,7 +264,7 @@ class Neighbours:
             rtt_s = asyncio.get_running_loop().time() - start_s
             hello = decode_hello(answer)
             self._clocks.note(node_id, hello.now_ms / 1000 - (sent_s + rtt_s / 2))
-            record = check_hello(hello, node_id, local)
+            record = check_hello(hello, node_id, local, self._known_record(node_id))
         except RequestRefused as refusal:
             if refusal.code == Reason.CLOCK_SKEW:
                 self._clocks.note_refused(node_id, refusal.detail)
@@ -297,7 +295,7 @@ class Neighbours:
             raise local.refuse_request(Reason.BUSY, "too many greetings at one time; ask again later")
         try:
             hello = decode_hello(payload)
-            record = check_hello(hello, asker, local)
+            record = check_hello(hello, asker, local, self._known_record(asker))
         except Refusal as refusal:
             raise local.refuse_malformed(refusal, asker) from None
         if hello.link:  # who asks for none may be a crawler, which is nobody to tell of
@@ -314,6 +312,10 @@ class Neighbours:
             else:
                 local.refuse(Reason.FULL)
         return encode_hello(self._own_hello(link=linked))
+
+    def _known_record(self, node_id: str) -> NodeRecord | None:
+        known = self._directory.get(node_id)
+        return known.record if known is not None else None
 
     def _own_hello(self, *, link: bool) -> Hello:
         local = self._local

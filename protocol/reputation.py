@@ -111,9 +111,9 @@ class Reputation:
             return False
         return until_s is not None
 
-    def num_banned(self, now_s: float) -> int:
-        """How many peers are refused for now."""
-        return sum(1 for until_s in self._banned_until_s.values() if now_s < until_s)
+    def banned(self, now_s: float) -> set[str]:
+        """The peers that are refused for now."""
+        return {peer for peer, until_s in self._banned_until_s.items() if now_s < until_s}
 
     def state(self) -> dict[str, Any]:
         """Plain data that `restore` takes."""

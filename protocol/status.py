@@ -47,7 +47,7 @@ def status_of(member: "Member") -> dict[str, Any]:
             for link in member.neighbours.ids.values()
         ],
         "num_known_nodes": len(member.directory),
-        "num_banned": local.reputation.num_banned(now_s),
+        "num_banned": len(local.reputation.banned(now_s)),
         "num_record_holders": member.upkeep.num_holders,
         "bytes_in": traffic.bytes_in,
         "bytes_out": traffic.bytes_out,

@@ -38,7 +38,8 @@ def test_hostile_peers_are_banned_for_a_while_and_ignored_reasons_cost_nothing()
     assert not reputation.refused("liar", Reason.CONFLICT, 0)
     assert reputation.refused("liar", Reason.CONFLICT, 0)
     assert reputation.is_banned("liar", 299)
-    assert reputation.num_banned(299) == 1
+    assert reputation.banned(299) == {"liar"}
+    assert reputation.banned(300) == set()
     assert not reputation.is_banned("liar", 300)
     assert not reputation.is_banned("stranger", 0)
 
@@ -94,7 +95,7 @@ def test_memory_is_bounded_and_what_matters_stays():
         reputation.refused(f"liar {number}", Reason.CONFLICT, 0)
         reputation.refused(f"liar {number}", Reason.CONFLICT, 0)
     assert len(reputation) <= 100
-    assert reputation.num_banned(0) <= 100
+    assert len(reputation.banned(0)) <= 100
     assert reputation.score("friend", 0) == 10 or reputation.score("friend", 0) == 0
 
 
