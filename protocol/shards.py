@@ -16,6 +16,7 @@ import hashlib
 import random
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 from protocol.errors import IdentityError
 from protocol.identity import public_key_of
@@ -39,8 +40,12 @@ _MAX_CHECKED = 4096  # signatures that are remembered as good, since the DHT sho
 def shard_key(swarm_id: str, salt: int, depth: int, path: int) -> bytes:
     """Return the key of a shard; of `path` (16 bits) the first `depth` count."""
     prefix = path & ~((1 << (MAX_SHARD_DEPTH - depth)) - 1) & 0xFFFF
-    swarm = hashlib.sha256(b"swarm-node/shard" + swarm_id.encode()).digest()[:16]
-    return swarm + bytes([salt, depth]) + prefix.to_bytes(2)
+    return _swarm_digest(swarm_id) + bytes([salt, depth]) + prefix.to_bytes(2)
+
+
+@lru_cache(maxsize=64)
+def _swarm_digest(swarm_id: str) -> bytes:
+    return hashlib.sha256(b"swarm-node/shard" + swarm_id.encode()).digest()[:16]
 
 
 def path_of(node_id: str, salt: int) -> int:
@@ -157,8 +162,16 @@ class Shards:
     async def _look(
         self, salt: int, depth: int, path: int, found: Callable[[NodeRecord, int], None]
     ) -> Sequence[Record]:
-        records = await self._transport.lookup(shard_key(self._swarm_id, salt, depth, path), timeout_s=self._timeout_s)
-        for record in records:
+        """Look a shard up, and report the records that have their place in it, and as many of the others by chance.
+
+        The others have theirs deeper, and will move. So a crowd of nodes that join, or of names that somebody made
+        up, costs no more to read than two full shards, and hides nobody for long.
+        """
+        key = shard_key(self._swarm_id, salt, depth, path)
+        records = await self._transport.lookup(key, timeout_s=self._timeout_s)
+        ranked = sorted(records, key=lambda record: _rank(key, record.owner))
+        others = ranked[SHARD_ROOM:]
+        for record in ranked[:SHARD_ROOM] + self._rng.sample(others, min(SHARD_ROOM, len(others))):
             found(decode_node_record(record.value), salt)
         return records
 

@@ -1,4 +1,5 @@
 import asyncio
+import hashlib
 import random
 
 import pytest
@@ -139,5 +140,31 @@ def test_a_flooded_shard_pushes_others_deeper_and_hides_nobody():
         for turn in range(20):
             await honest[0].read(turn % 2, lambda record, salt: seen.add(record.node_id))
         assert {identity_of(number).node_id for number in range(8)} <= seen
+
+    virtual_time.run(main())
+
+
+def test_reading_a_crowded_shard_tells_of_few_and_hides_nobody():
+    async def main() -> None:
+        clock = virtual_time.virtual_clock()
+        network, validator = MemoryNetwork(random.Random(0), clock=clock), record_validator("main")
+        key, names = shard_key("main", 0, 0, 0), set[str]()
+        for number in range(100):
+            identity = identity_of(number)
+            transport = MemoryTransport(network, identity.node_id, validator)
+            await transport.start()
+            record = sign_own_record(identity, transport, "main", ABOUT, int(clock() * 1000))
+            await transport.store(key, record.encoded, record.created_at_ms / 1000 + TTL_S)
+            names.add(identity.node_id)
+        by_rank = sorted(names, key=lambda name: hashlib.sha256(key + name.encode()).digest())
+        shards = Shards(transport, "main", timeout_s=5, rng=random.Random(0))
+        seen = set[str]()
+        for _ in range(60):
+            told: list[str] = []
+            await shards.read(0, lambda record, salt, told=told: told.append(record.node_id))
+            assert len(told) == len(set(told)) == 2 * SHARD_ROOM
+            assert set(by_rank[:SHARD_ROOM]) <= set(told)
+            seen.update(told)
+        assert seen == names
 
     virtual_time.run(main())
