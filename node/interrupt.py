@@ -2,12 +2,14 @@
 
 import threading
 from collections.abc import Collection, Mapping, Sequence
-
-import torch
+from typing import TYPE_CHECKING
 
 from swarm.engine.base import Engine, EngineStats, Request
 from swarm.errors import UserError
 from swarm.types import Completion
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["Interrupted", "InterruptibleEngine", "SequenceTooLong"]
 
@@ -73,7 +75,7 @@ class InterruptibleEngine(Engine):
         """Stop requests and return what they have."""
         return self._engine.abort(request_ids)
 
-    def load_policy(self, state: Mapping[str, torch.Tensor], version: int) -> None:
+    def load_policy(self, state: "Mapping[str, torch.Tensor]", version: int) -> None:
         """Take new weights."""
         self._engine.load_policy(state, version)
 

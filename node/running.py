@@ -70,7 +70,7 @@ def run_node(
             from node.recorder import Recorder
 
         def build(config: RunConfig, stopping: threading.Event) -> "Parts":
-            from node.parts import build_parts  # transformers takes seconds: the node is in its swarm meanwhile
+            from node.parts import build_parts  # torch and transformers take seconds: it is in its swarm meanwhile
 
             parts = build_parts(config, stopping)
             write_atomically(folder.config, to_toml(config))

@@ -2,7 +2,7 @@
 
 A checkpoint is written beside, synced, then renamed; so that one that has its final name is whole, unless the
 disk failed later, which its checksums show. The newest readable one is used. What the tensors mean is the
-trainer's; what happened after the checkpoint is the journal's.
+trainer's; what happened after the checkpoint is the journal's. torch is imported by who first reads or writes one.
 """
 
 import os
@@ -11,14 +11,15 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import msgpack
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from swarm.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["Checkpoint", "Checkpoints"]
 
@@ -32,7 +33,7 @@ class Checkpoint:
     """The state after a round. `tensors` are on the CPU."""
 
     round_index: int
-    tensors: Mapping[str, torch.Tensor]
+    tensors: "Mapping[str, torch.Tensor]"
     meta: Mapping[str, Any]
 
 
@@ -100,6 +101,8 @@ class Checkpoints:
         return self._folder / f"round-{round_index:08d}"
 
     def _write_files(self, folder: Path, checkpoint: Checkpoint) -> None:
+        from safetensors.torch import save_file
+
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.tensors.items()}
         save_file(tensors, folder / _TENSORS)
         plain = {
@@ -114,6 +117,8 @@ class Checkpoints:
             _sync(folder / name)
 
     def _read(self, round_index: int) -> Checkpoint:
+        from safetensors.torch import load_file
+
         folder = self._path(round_index)
         data = (folder / _META).read_bytes()
         if zlib.crc32(data[4:]).to_bytes(4, "little") != data[:4]:
@@ -130,7 +135,9 @@ class Checkpoints:
         return Checkpoint(plain["round"], tensors, plain["meta"])
 
 
-def _checksum(tensor: torch.Tensor) -> int:
+def _checksum(tensor: "torch.Tensor") -> int:
+    import torch
+
     flat = tensor.reshape(-1)  # [num_elements]
     return zlib.crc32(flat.view(torch.uint8).numpy().data) if flat.numel() else 0
 

@@ -13,11 +13,11 @@ rpc_find, over its unary calls.
 When p2pd has ended or hangs, everything that used it fails with TransportDown, and a new one takes its key, its
 ports, the records that this node holds for others, and its peers.
 
-hivemind is imported by `start`, in a thread: it takes seconds, and no other transport may load it.
+hivemind is imported by `start`, in a thread, and as little of it as a node needs (`hivemind_import`): no other
+transport may load it.
 """
 
 import asyncio
-import importlib
 import re
 import sys
 from collections import Counter
@@ -42,6 +42,7 @@ from protocol.transport.base import (
 )
 from protocol.transport.dispatch import MAX_REQUESTS, MAX_REQUESTS_PER_ASKER, TOO_LARGE, Dispatcher, check_name
 from protocol.transport.gate import Gate
+from protocol.transport.hivemind_import import import_dht
 from protocol.transport.hivemind_session import Session
 from protocol.transport.hivemind_settings import HivemindSettings, choose_ports
 from protocol.transport.hivemind_supervisor import PEER_ADDRESS, PING_TIMEOUT_S, Supervisor
@@ -133,7 +134,7 @@ class HivemindTransport(Transport):
         self._listen = await choose_ports(self._settings.listen)
         if "libp2p" in sys.modules:
             raise TransportError("hivemind and libp2p cannot share a process: choose one transport")
-        await asyncio.to_thread(importlib.import_module, "protocol.transport.hivemind_dht")
+        await asyncio.to_thread(import_dht)
         from protocol.transport.hivemind_dht import DhtFilter
         from protocol.transport.hivemind_records import BoundedStorage, OwnedRecordValidator
 

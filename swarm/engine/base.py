@@ -8,11 +8,12 @@ of its requests: the noise that draws a token depends on (request seed, position
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
-
-import torch
+from typing import TYPE_CHECKING, ClassVar
 
 from swarm.types import Completion
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["Engine", "EngineStats", "Request", "SamplingParams"]
 
@@ -107,7 +108,7 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def load_policy(self, state: Mapping[str, torch.Tensor], version: int) -> None:
+    def load_policy(self, state: "Mapping[str, torch.Tensor]", version: int) -> None:
         """Take new weights, in the names of the model's `state_dict`, between two steps.
 
         Requests in flight go on under the new weights; no attention state of the old weights is used.

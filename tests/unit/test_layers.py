@@ -31,6 +31,7 @@ def test_the_command_line_answers_without_loading_the_learning_stack(arguments):
     assert loaded_after(f"from node.cli import run\nassert run({arguments!r}) == 0") == set()
 
 
-def test_a_node_is_in_its_swarm_before_the_libraries_of_models_are_loaded():
-    code = "import node.join, node.swarm_exchange, node.daemon, node.recorder, protocol.transport.hivemind_dht"
-    assert loaded_after(code) <= {"torch"}
+@pytest.mark.parametrize("modules", ["node.join, node.swarm_exchange, node.daemon, node.recorder", "node.bootstrap"])
+def test_a_node_is_in_its_swarm_before_torch_is_loaded(modules):
+    code = "from protocol.transport.hivemind_import import import_dht; import_dht()"
+    assert loaded_after(f"import {modules}\n{code}") == set()

@@ -17,6 +17,7 @@ from protocol.admission import Rescored
 from protocol.config import SwarmConfig
 from protocol.identity import Identity
 from protocol.member import Member
+from protocol.messages import TaskRef
 from protocol.shards import record_validator
 from protocol.transport import virtual_time
 from protocol.transport.memory import Faults, MemoryNetwork, MemoryTransport
@@ -135,6 +136,53 @@ def test_two_nodes_train_on_each_others_groups_and_publish_those_that_teach(harn
         assert run.judge.closed
         assert "joined the swarm: 1 peer" in run.display.notes
     assert runs[0].exchange.about().rollouts_per_minute > 0
+
+
+def written(index):
+    """A group of which half of the completions are right."""
+    completions = tuple(Completion(n, (n,), (-0.5,), (), "stop") for n in range(4))
+    task = Task(TaskRef("numbers", "0" * 32, 0, index), "?")
+    return RolloutGroup(task, (1,), completions, ("0", "1", "7", "8"), (1.0, 1.0, 0.0, 0.0))
+
+
+def test_what_comes_before_the_model_is_loaded_waits_and_is_judged_then(harness):
+    async def main():
+        swarm = Swarm(harness)
+        early = swarm.run("early")
+        early.path.mkdir()
+        await early.exchange.start()
+        early.exchange.attach(None)
+        late = swarm.run("late")
+        late.path.mkdir()
+        await late.exchange.start()
+        loaded, loading = early.exchange, late.exchange
+        await asyncio.sleep(5)
+        await loaded.publish([written(index) for index in range(3)])
+        await asyncio.sleep(5)
+        before = loading.status()
+        assert await loading.sample(4) == []
+        loading.attach(None)
+        await asyncio.sleep(1)
+        groups = await loading.sample(4)
+        for exchange in (loading, loaded):
+            await exchange.close()
+        return before, groups, late.judge.closed
+
+    before, groups, closed = virtual_time.run(main())
+    assert (before["num_peers"], before["frames_under_way"], before["groups_admitted"]) == (1, 3, 0)
+    assert [group.rewards for group in groups] == [(1.0, 1.0, 0.0, 0.0)] * 3
+    assert closed
+
+
+def test_leaving_before_the_model_is_loaded_waits_for_nothing(harness):
+    async def main():
+        run = Swarm(harness).run("mine")
+        run.path.mkdir()
+        await run.exchange.start()
+        await run.exchange.close()
+        return run.judge.closed
+
+    assert not virtual_time.run(main())
 
 
 def test_a_node_that_is_cut_off_learns_alone_and_comes_back_without_a_restart(harness):
