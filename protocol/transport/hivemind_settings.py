@@ -19,8 +19,8 @@ _PORT_TIMEOUT_S = 3.0  # a node that was killed a moment ago may still be lettin
 class HivemindSettings:
     """Passed through to p2pd."""
 
-    # Port 0: any free one. QUIC (/udp/0/quic-v1) can be listened on, but is not by default: p2pd 1.1.12 does not give
-    # finished streams back to a QUIC connection, so that requests over it hang after about 300.
+    # Port 0: any free one. QUIC (/udp/0/quic-v1) is not listened on by default: p2pd takes it wherever both ends have
+    # it, and it costs twice the CPU a byte. It gains where both ends are behind routers that must be pierced.
     listen: tuple[str, ...] = ("/ip4/0.0.0.0/tcp/0",)
     announce: tuple[str, ...] = ()  # what others are told instead of what p2pd sees: behind a forwarded port
     relay: bool = True  # whether peers are reached through relays
