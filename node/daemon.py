@@ -140,6 +140,7 @@ class Node:
         with meter.time("scoring"):
             own = await self._in_torch(parts.scorer.score_groups, groups)
         await self.exchange.publish(own)
+        external += await self.exchange.sample(sapo.num_to_fill(own, len(external), config.sapo))
         batch = sapo.build_batch(own, external, config.sapo, self._rng("batch", round_index))
         with meter.time("update"):
             stats = await self._update(batch)

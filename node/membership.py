@@ -26,5 +26,7 @@ def member_settings(config: RunConfig) -> SwarmConfig:
 
     So what the next round needs is there when this one has taken its groups.
     """
-    reserve_groups = max(config.swarm.reserve_groups, 2 * config.sapo.num_external)
+    sapo = config.sapo
+    num_wanted = sapo.num_external + (sapo.num_local if sapo.fill and sapo.num_external else 0)
+    reserve_groups = max(config.swarm.reserve_groups, 2 * num_wanted)
     return config.swarm.model_copy(update={"reserve_groups": reserve_groups})

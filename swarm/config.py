@@ -119,6 +119,18 @@ class SapoConfig(Section):
     min_reward_spread: float = Field(
         1e-3, ge=0, description="a group whose rewards have a smaller standard deviation has advantage zero"
     )
+    own_filter: bool = Field(
+        True, description="whether own groups without an advantage are left out of a batch; the paper leaves it open"
+    )
+    fill: bool = Field(
+        True, description="whether groups of others also take the places of own groups that have no advantage"
+    )
+    external_negative_weight: float = Field(
+        0.3,
+        ge=0,
+        le=1,
+        description="weight of external completions that are worse than their siblings; 1: as the paper",
+    )
     publish: Literal["informative", "all", "none"] = Field(
         "informative", description="own groups that the swarm is given; informative: those with an advantage"
     )

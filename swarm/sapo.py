@@ -6,6 +6,7 @@ A round, and who does what:
     tasks       I questions, and one for every group of others that is missing
     rollout     L completions of each, by the node's own policy
     scoring     rewards, by the node's own verifier, for own and external groups alike
+    exchange    a group of others for every own one that has no advantage (`SapoConfig.fill`)
     sapo        own and external groups become one training batch of I + J groups  <- this module
     advantage   rewards become advantages, within each group
     trainer     one policy-gradient update
@@ -22,6 +23,12 @@ Departures from the paper:
   they are counted, and as many more own questions are asked in the same round. So a node never waits for a peer,
   a batch has I + J groups whoever is there, and a node that is cut off learns as it would alone. A group that
   arrives while the round is under way is there for the next one.
+- With `fill`, groups of others also take the places of own groups without any advantage, as far as they are there:
+  J adapts to each round, and is larger where own rewards are sparse. A batch never has more than I + J groups.
+- What others wrote and their siblings did better is pushed down with `external_negative_weight`, not in full. The own
+  policy would hardly write it, and making the improbable less probable teaches nothing: the mass goes anywhere. This
+  is the tapering of off-policy REINFORCE (arXiv 2503.14286, section 3) with a constant for the ratio to the author's
+  policy, which is not known here.
 - Advantages have a floor on the spread of a group (see `advantage`).
 """
 
@@ -33,7 +40,7 @@ from swarm.advantage import group_advantages
 from swarm.config import SapoConfig
 from swarm.types import RolloutGroup, TrainingBatch, TrainingGroup
 
-__all__ = ["build_batch", "num_own_groups"]
+__all__ = ["build_batch", "num_own_groups", "num_to_fill"]
 
 T = TypeVar("T")
 
@@ -41,29 +48,43 @@ T = TypeVar("T")
 def build_batch(
     own: Sequence[RolloutGroup], external: Sequence[RolloutGroup], config: SapoConfig, rng: random.Random
 ) -> TrainingBatch:
-    """Choose `num_external` external groups and as many own ones as make up the batch, and compute advantages.
+    """Choose external groups and as many own ones as make up the batch, and compute advantages.
 
-    Own groups are `num_local`, and one for every external group that is missing, as far as there are so many.
-    All groups have been scored. `rng` is drawn from only where there is more to choose from than is needed.
+    External groups are `num_external`; with `fill`, as many as leave room for the useful own ones. Own groups are
+    `num_local`, and one for every external group that is missing, as far as there are so many. All groups have been
+    scored. `rng` is drawn from only where there is more to choose from than is needed.
     Raises ValueError for a group that has not been scored.
     """
     external_groups = [_training_group(group, config, is_own=False) for group in external]
+    own_groups = [_training_group(group, config, is_own=True) for group in own]
     useful_external = [group for group in external_groups if group is not None]
-    chosen_external = _choose(useful_external, config.num_external, rng)
-    num_own = num_own_groups(config, len(chosen_external))
-    own_groups = [_training_group(group, config, is_own=True) for group in _choose(own, num_own, rng)]
     useful_own = [group for group in own_groups if group is not None]
+    room = config.num_external
+    if config.fill:
+        room = max(room, num_own_groups(config, len(useful_own)))
+    chosen_external = _choose(useful_external, room, rng)
+    num_own = num_own_groups(config, len(chosen_external))
+    chosen_own = _choose(useful_own if config.fill else own_groups, num_own, rng)
+    kept_own = [group for group in chosen_own if group is not None]
     return TrainingBatch(
-        groups=(*useful_own, *chosen_external),
-        num_own_zero_advantage=len(own_groups) - len(useful_own),
+        groups=(*kept_own, *chosen_external),
+        num_own_zero_advantage=len(own_groups if config.fill else chosen_own) - len(kept_own),
         num_external_zero_advantage=len(external_groups) - len(useful_external),
-        num_external_missing=config.num_external - len(chosen_external),
+        num_external_missing=max(0, config.num_external - len(chosen_external)),
     )
 
 
 def num_own_groups(config: SapoConfig, num_external: int) -> int:
     """Return how many own groups go with `num_external` groups of others: I, and those that replace missing ones."""
     return config.num_local + config.num_external - num_external
+
+
+def num_to_fill(own: Sequence[RolloutGroup], num_external: int, config: SapoConfig) -> int:
+    """Return how many more groups of others there is room for, once own groups have been scored."""
+    if not config.fill or not config.num_external:
+        return 0
+    num_useful = sum(_training_group(group, config, is_own=True) is not None for group in own)
+    return max(0, config.num_local + config.num_external - num_useful - num_external)
 
 
 def _choose(items: Sequence[T], count: int, rng: random.Random) -> list[T]:
@@ -76,6 +97,7 @@ def _choose(items: Sequence[T], count: int, rng: random.Random) -> list[T]:
 def _training_group(group: RolloutGroup, config: SapoConfig, *, is_own: bool) -> TrainingGroup | None:
     """Return the group as the trainer sees it, or None where no completion of it has an advantage.
 
+    Without the filter, an own group without any is trained on: it moves nothing, and weighs in the batch's mean.
     An external group has no behaviour log-probabilities: it is trained on as if the own policy had written it.
     A completion without tokens counts for the advantages of its siblings and cannot be trained on itself.
     """
@@ -83,8 +105,12 @@ def _training_group(group: RolloutGroup, config: SapoConfig, *, is_own: bool) ->
         raise ValueError(f"a group of {len(group.completions)} completions has {len(group.rewards)} rewards")
     advantages = group_advantages(group.rewards, config)
     kept = [index for index, completion in enumerate(group.completions) if completion.token_ids]
-    if not any(advantages[index] for index in kept):
+    is_filtered = config.own_filter or not is_own
+    if not kept or (is_filtered and not any(advantages[index] for index in kept)):
         return None
+    if not is_own:
+        weight = config.external_negative_weight
+        advantages = tuple(advantage * weight if advantage < 0 else advantage for advantage in advantages)
     return TrainingGroup(
         prompt_ids=group.prompt_ids,
         completion_ids=tuple(group.completions[index].token_ids for index in kept),

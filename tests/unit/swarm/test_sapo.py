@@ -7,7 +7,7 @@ import pytest
 
 from protocol.messages import TaskRef
 from swarm.config import SapoConfig
-from swarm.sapo import build_batch, num_own_groups
+from swarm.sapo import build_batch, num_own_groups, num_to_fill
 from swarm.types import Completion, RolloutGroup, Segment, Task
 
 
@@ -28,7 +28,7 @@ def prompts(batch):
 
 
 def test_own_groups_keep_behavior_logprobs_and_external_ones_have_none():
-    config = SapoConfig(num_local=1, num_external=1)
+    config = SapoConfig(num_local=1, num_external=1, external_negative_weight=1)
     batch = build_batch([make_group(1, MIXED)], [make_group(2, MIXED)], config, random.Random(0))
     own, external = batch.groups
     assert own.behavior_logprobs == ((-0.5, -0.5), (-0.5, -0.5))
@@ -73,7 +73,7 @@ def test_an_external_group_that_turns_out_useless_is_missing():
 def test_choice_of_external_groups_is_uniform():
     external = [make_group(number, MIXED) for number in range(6)]
     rng = random.Random(3)
-    config = SapoConfig(num_external=2)
+    config = SapoConfig(num_external=2, fill=False)
     counts = Counter(number for _ in range(3000) for number in prompts(build_batch([], external, config, rng)))
     # Each is drawn with probability 1/3: mean 1000, standard deviation 26; five of them is 130.
     assert set(counts) == set(range(6))
@@ -98,3 +98,44 @@ def test_unscored_group_is_refused():
     unscored = RolloutGroup(group.task, (1,), make_group(1, MIXED).completions, ("a", "b"))
     with pytest.raises(ValueError, match="0 rewards"):
         build_batch([unscored], [], SapoConfig(), random.Random(0))
+
+
+def test_groups_of_others_take_the_places_of_own_ones_without_an_advantage():
+    config = SapoConfig(num_local=4, num_external=2, fill=True)
+    own = [make_group(number, MIXED if number == 2 else EQUAL) for number in range(4)]
+    external = [make_group(number, MIXED) for number in range(20, 27)]
+    assert num_to_fill(own, 2, config) == 3
+    batch = build_batch(own, external, config, random.Random(0))
+    assert prompts(batch)[0] == 2
+    assert len(batch.groups) == 6
+    assert batch.num_own_zero_advantage == 3
+    assert batch.num_external_missing == 0
+    few = build_batch(own, external[:1], config, random.Random(0))
+    assert (len(few.groups), few.num_external_missing) == (2, 1)
+
+
+def test_useful_own_groups_stay_when_there_are_enough_of_them():
+    config = SapoConfig(num_local=2, num_external=2, fill=True)
+    own = [make_group(number, MIXED) for number in range(2)]
+    assert num_to_fill(own, 2, config) == 0
+    batch = build_batch(own, [make_group(number, MIXED) for number in (20, 21, 22)], config, random.Random(0))
+    assert prompts(batch)[:2] == [0, 1]
+    assert len(batch.groups) == 4
+
+
+@pytest.mark.parametrize("changed", [{"fill": False}, {"num_external": 0}])
+def test_nothing_is_filled_where_it_is_off_or_nobody_is_asked(changed):
+    config = SapoConfig(num_local=2, num_external=2).model_copy(update=changed)
+    assert num_to_fill([make_group(1, EQUAL)], 0, config) == 0
+
+
+def test_only_external_completions_that_are_worse_than_their_siblings_weigh_less():
+    config = SapoConfig(num_local=1, num_external=1, external_negative_weight=0.25)
+    batch = build_batch([make_group(1, MIXED)], [make_group(2, MIXED)], config, random.Random(0))
+    assert [group.advantages for group in batch.groups] == [(1.0, -1.0), (1.0, -0.25)]
+
+
+def test_without_the_filter_own_groups_without_an_advantage_weigh_in_the_mean():
+    config = SapoConfig(num_local=2, own_filter=False)
+    batch = build_batch([make_group(1, EQUAL), make_group(2, MIXED)], [], config, random.Random(0))
+    assert [group.advantages for group in batch.groups] == [(0.0, 0.0), (1.0, -1.0)]

@@ -222,6 +222,26 @@ def test_giving_up_ends_the_work_and_frees_what_it_held(link, until):
     run(main)
 
 
+def test_an_answer_that_is_given_up_on_its_way_is_not_sent_to_its_end(link, until):
+    async def large(asker, request):
+        return bytes(MAX_FRAME_BYTES)
+
+    async def main():
+        async with link(large, echo) as one:
+            for number in range(1, 6):
+                before = one.asker_tally.bytes_in
+                asking = asyncio.create_task(one.ask("large"))
+                await until(lambda before=before: one.asker_tally.bytes_in - before > 100_000)
+                asking.cancel()
+                at_cancel = one.asker_tally.bytes_in
+                await until(lambda: not one.num_held)
+                assert one.asker_tally.bytes_in - at_cancel < MIB  # what was in the sockets' buffers
+                assert await one.ask("echo", bytes([number])) == bytes([number])
+            assert one.asker_tally.broken.total() == one.answerer_tally.broken.total() == 0
+
+    run(main)
+
+
 def test_more_requests_than_a_stream_has_wait_their_turn(link):
     num_now = most = 0
 
@@ -345,25 +365,34 @@ def test_a_peer_that_asks_and_asks_and_never_reads_refusals_is_not_read_further(
     run(main)
 
 
-def test_a_flood_does_not_keep_others_from_the_loop(link, stream_pair):
+FLOODS = {
+    "requests that are refused": b"".join(request(n, 0, name="nobody") for n in range(2, 30_000)),
+    "frames that cross a closing": b"".join(frame_bytes(CANCEL, n) for n in range(2, 60_000)),
+}
+
+
+@pytest.mark.parametrize("name", FLOODS)
+def test_a_flood_does_not_keep_others_from_the_loop(link, stream_pair, name):
     """Many small frames in one read: others have their turn between them."""
 
     async def main():
         async with link(echo) as one:
-            (reader, writer), _, running = await raw(one, stream_pair)
-            flood = b"".join(request(n, 0, name="nobody") for n in range(1, 30_000))
-            sending = asyncio.create_task(asyncio.to_thread(lambda: None))
-            writer.write(flood)
+            (reader, writer), answerer, running = await raw(one, stream_pair)
+            writer.write(request(1, 0))
+            await reader.read(100)
+            if "closing" in name:
+                answerer.close()
+            writer.write(FLOODS[name])
             draining = asyncio.create_task(reader.read(2**24))
             num_turns = 0
-            while one.answerer_tally.bytes_in < len(flood):
+            while one.answerer_tally.bytes_in < len(FLOODS[name]):
                 if draining.done():
                     draining = asyncio.create_task(reader.read(2**24))
                 num_turns += 1
                 await asyncio.sleep(0)
             assert num_turns > 30_000 / 64 / 2
             writer.transport.abort()
-            await asyncio.gather(sending, draining, running, return_exceptions=True)
+            await asyncio.gather(draining, running, return_exceptions=True)
 
     run(main)
 
