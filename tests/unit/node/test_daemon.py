@@ -121,24 +121,36 @@ class GivingExchange(SiloExchange):
 
     def __init__(self, *nums: int) -> None:
         self._nums = list(nums)
+        self._left: int | None = None  # in this round
         self.published: list[int] = []
 
     async def publish(self, groups) -> None:
         self.published.append(len(groups))
 
+    def describe_round(self):
+        self._left = None
+        return super().describe_round()
+
     async def sample(self, num_groups: int):
+        if self._left is None:
+            self._left = self._nums.pop(0)
+        num = min(num_groups, self._left)
+        self._left -= num
         tokens = ((0,), (7, 8))
         completions = tuple(Completion(number, ids, (), (), "stop") for number, ids in enumerate(tokens))
         task = Task(TaskRef("theirs", "0" * 32, 1, 1), "?")
-        return [RolloutGroup(task, (5,), completions, ("0", "7"), (1.0, 0.5))] * min(num_groups, self._nums.pop(0))
+        return [RolloutGroup(task, (5,), completions, ("0", "7"), (1.0, 0.5))] * num
 
 
 def test_groups_of_others_are_trained_on_and_those_missing_are_replaced_by_own_ones(harness):
+    """In the last round there are also some for the places of own groups without an advantage."""
     run = harness(exchange=GivingExchange(0, 1, 4, 9)).settings(rounds=4, sapo={"num_local": 4, "num_external": 4})
     run.run()
     rows = read_rows(run.folder.metrics)
     assert [row["num_local"] for row in rows] == [8, 7, 4, 4]
-    assert [row["num_external"] for row in rows] == [0, 1, 4, 4]
+    num_useless = rows[-1]["num_groups_zero_advantage"]
+    assert 0 < num_useless < 4
+    assert [row["num_external"] for row in rows] == [0, 1, 4, 4 + num_useless]
     assert [row["num_external_missing"] for row in rows] == [4, 3, 0, 0]
     assert [row["reward_external_mean"] for row in rows] == [None, 0.75, 0.75, 0.75]
     assert run.exchange.published == [8, 7, 4, 4]
@@ -146,7 +158,8 @@ def test_groups_of_others_are_trained_on_and_those_missing_are_replaced_by_own_o
         theirs = [group for group in record.batch.groups if group.prompt_ids == (5,)]
         assert len(theirs) == row["num_external"]
         assert all(group.behavior_logprobs == (None, None) for group in theirs)
-        assert len(record.batch.groups) == 8 - row["num_groups_zero_advantage"]
+        num_own = row["num_local"] - row["num_groups_zero_advantage"]
+        assert len(record.batch.groups) == num_own + row["num_external"]
 
 
 def test_a_run_with_groups_of_others_is_replayed_from_the_journal(harness):
