@@ -37,6 +37,8 @@ MAY_CHANGE_ON_RESUME = (
     "network",
     "num_threads",
     "rounds",
+    "sapo.external_negative_weight",
+    "sapo.fill",
     "sapo.max_external_tokens",
     "sapo.num_external",
     "sapo.num_local",
