@@ -17,7 +17,7 @@ that ends the run; a group has an age cap, at which a run waits for it; the orde
 What a group asks, and how many are in flight, is the collector's.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
@@ -60,6 +60,7 @@ class GroupScheduler:
         self._held: set[int] = set()  # the members of these
         self._next_request_id = 0
         self._num_finished = 0
+        self._num_resumed = 0  # tokens that this run has given back to the engine
         self._version = 0
 
     def __len__(self) -> int:
@@ -93,45 +94,46 @@ class GroupScheduler:
             raise ValueError(f"{num_groups} groups are to be returned, {len(self._groups)} have been submitted")
         self._version = self._engine.policy_version
         before, had = replace(self._engine.stats), {key: group.num_tokens for key, group in self._groups.items()}
-        self._asked.clear()
-        self._held.clear()
+        due = {group.key for group in self._due(num_groups)}
         for group in self._groups.values():
             group.finished_as = group.finished_as if self._is_whole(group) else 0
-        due = self._due(num_groups)
-        due_keys = {group.key for group in due}
-        ordered = sorted(self.groups, key=lambda one: (one.key not in due_keys, one.key[0], -one.expected_remaining()))
-        requests = [request for group in ordered for request in self._requests(group, is_due=group.key in due_keys)]
-        num_resumed = sum(len(one.draft) + len(one.partial.token_ids if one.partial else ()) for one in requests)
-        self._engine.submit(requests)
-        num_wanted = num_groups if self._order == "arrival" else 0
-        missing = {group.key for group in self._groups.values() if not self._arrived(group)}
-        while not missing.isdisjoint(due_keys) or len(self._groups) - len(missing) < num_wanted:
-            for completion in self._engine.step():
-                group = self._take(completion)
-                if self._arrived(group):
-                    missing.discard(group.key)
-                elif more := self._requests(group, is_due=group.key in due_keys):
-                    num_resumed += sum(len(request.draft) for request in more)
-                    self._engine.submit(more)
-        num_in_flight = len(self._groups)
+        self._num_resumed, num_in_flight = 0, len(self._groups)
+        self._write(due, num_groups)
         for completion in self._engine.abort():
             self._take(completion)
         returned = self._return(due, num_groups)
         for group in self._groups.values():
             group.num_runs += 1
-        stats = self._engine.stats
-        recycled = [group for group in returned if had[group.key]]
+        stats, recycled = self._engine.stats, [group for group in returned if had[group.key]]
+        num_cut_before = before.num_draft_tokens - before.num_draft_tokens_kept
         return returned, RunCounts(
             num_steps=stats.num_steps - before.num_steps,
             num_slot_steps=stats.num_slot_steps - before.num_slot_steps,
             num_tokens_generated=stats.num_tokens_generated - before.num_tokens_generated,
-            num_tokens_resumed=num_resumed,
-            num_tokens_cut=stats.num_draft_tokens - before.num_draft_tokens
-            - (stats.num_draft_tokens_kept - before.num_draft_tokens_kept),
+            num_tokens_resumed=self._num_resumed,
+            num_tokens_cut=stats.num_draft_tokens - stats.num_draft_tokens_kept - num_cut_before,
             num_groups_in_flight=num_in_flight,
             num_groups_recycled=len(recycled),
             num_tokens_recycled=sum(had[group.key] for group in recycled),
-        )  # fmt: skip
+        )
+
+    def _write(self, due: Collection[GroupKey], num_groups: int) -> None:
+        """Give the engine what is to be written, those that are due first, and run it until there is enough."""
+        self._asked.clear()
+        self._held.clear()
+        for group in sorted(self.groups, key=lambda one: (one.key not in due, one.key[0], -one.expected_remaining())):
+            self._engine.submit(self._requests(group, is_due=group.key in due))
+        num_wanted = num_groups if self._order == "arrival" else 0
+        missing = {group.key for group in self._groups.values() if not self._arrived(group)}
+        while not missing.isdisjoint(due) or len(self._groups) - len(missing) < num_wanted:
+            if not self._engine.num_unfinished:
+                raise RuntimeError("the engine has nothing left to write, and groups are not whole")
+            for completion in self._engine.step():
+                group = self._take(completion)
+                if self._arrived(group):
+                    missing.discard(group.key)
+                elif more := self._requests(group, is_due=group.key in due):
+                    self._engine.submit(more)
 
     def state(self) -> list[dict[str, Any]]:
         """Return the groups in flight as plain data, for the disk."""
@@ -163,11 +165,10 @@ class GroupScheduler:
             group.finished_as = self._num_finished
         return bool(group.finished_as)
 
-    def _return(self, due: Sequence[Group], num_groups: int) -> list[Group]:
+    def _return(self, due: Collection[GroupKey], num_groups: int) -> list[Group]:
         """Take out the groups that are due, and those that were whole first."""
-        due_keys = {group.key for group in due}
         whole = [group for group in self._groups.values() if group.finished_as]
-        whole.sort(key=lambda group: (group.key not in due_keys, group.finished_as))
+        whole.sort(key=lambda group: (group.key not in due, group.finished_as))
         chosen = sorted(whole[:num_groups], key=lambda group: group.key)
         for group in chosen:
             del self._groups[group.key]
@@ -190,6 +191,7 @@ class GroupScheduler:
     def _request(self, group: Group, member: Member, *, as_draft: bool) -> Request:
         self._next_request_id += 1
         written = member.written
+        self._num_resumed += member.num_tokens
         self._asked[self._next_request_id] = group, member
         self._held.add(id(member))
         return Request(

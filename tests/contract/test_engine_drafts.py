@@ -159,6 +159,30 @@ def test_weights_that_come_after_the_verification_continue_what_it_kept(kind):
     assert completion.segments[0] == Segment(0, 0, 8)
 
 
+def test_what_waits_is_returned_under_the_id_that_it_waits_under(kind):
+    engine, whole = kind.engine(max_slots=1), written(kind, False)[1]
+    kept = replace(whole, token_ids=whole.token_ids[:3], logprobs=whole.logprobs[:3], segments=(Segment(0, 0, 3),))
+    engine.submit([REQUESTS[0], replace(REQUESTS[1], request_id=77, partial=replace(kept, finish_reason="aborted"))])
+    engine.step()
+    [waiting] = engine.abort([77])
+    assert (waiting.request_id, waiting.token_ids, waiting.finish_reason) == (77, whole.token_ids[:3], "aborted")
+
+
+def test_many_long_drafts_are_verified_in_several_passes(kind):
+    truth, engine = written(kind, True), engine_of(kind, 8)
+    passes, prefill = [], engine._runner.prefill
+    engine._runner.prefill = lambda *args: (passes.append(args[2]), prefill(*args))[1]
+    limit, engine._runner.max_prefill_rows = engine._runner.max_prefill_rows, 40
+    try:
+        done = engine.generate([replace(one, draft=truth[one.request_id].token_ids) for one in REQUESTS])
+    finally:
+        engine._runner.prefill, engine._runner.max_prefill_rows = prefill, limit
+    assert len(passes) > 2
+    assert all(sum(each) <= 40 or len(each) == 1 for each in passes)
+    for completion in done:
+        same(kind, completion, truth[completion.request_id])
+
+
 @pytest.mark.parametrize(("draft", "message"), [((1,) * 9, "longer|more tokens"), ((1, 203), "outside the vocab")])
 def test_drafts_that_cannot_be_are_refused(kind, draft, message):
     engine = kind.engine()

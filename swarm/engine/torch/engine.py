@@ -143,15 +143,17 @@ class TorchEngine(Engine):
         slots = self._slots
         # tokens to prefill, and how many of them are a draft -> who needs them
         admitted: dict[tuple[tuple[int, ...], int], list[Running]] = {}
-        num_tokens = 0
+        num_tokens = num_rows = 0
         while self._waiting and slots.num_free:
             running = self._waiting[0]
             sequence = running.sequence()
             key = sequence, len(running.request.draft)
             if key not in admitted:
-                if admitted and num_tokens + len(sequence) > _PREFILL_TOKENS:
-                    break
                 num_tokens += len(sequence)
+                num_rows += key[1] + 1
+                if admitted and (num_tokens > _PREFILL_TOKENS or num_rows > self._runner.max_prefill_rows):
+                    num_tokens -= len(sequence)
+                    break
             self._waiting.popleft()
             slots.add(running, cached=len(sequence), version=self._version)
             admitted.setdefault(key, []).append(running)

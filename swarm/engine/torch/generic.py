@@ -166,6 +166,8 @@ class _PackedModule(nn.Module):
 class GenericRunner(ModelRunner):
     """Runs a transformers causal LM through its own forward pass."""
 
+    max_prefill_rows = 1024  # its states are logits
+
     @staticmethod
     def supports(model: Any) -> bool:
         """Whether the model lets its attention be exchanged. Raises ModelError where not: it is the last resort."""

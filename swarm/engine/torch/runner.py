@@ -31,6 +31,7 @@ class ModelRunner(ABC):
 
     device: torch.device
     vocab_size: int
+    max_prefill_rows = 8192  # whose states one prefill is asked for, as far as single sequences allow; bounds memory
 
     @abstractmethod
     def __init__(self, model: Any, num_slots: int, capacity: int) -> None:

@@ -38,7 +38,8 @@ class Running:
 
     def unstarted(self) -> Completion:
         """What a request that has no slot holds."""
-        return self.request.partial or Completion(self.request.request_id, (), (), (), "aborted")
+        number, partial = self.request.request_id, self.request.partial
+        return replace(partial, request_id=number) if partial else Completion(number, (), (), (), "aborted")
 
     def resumed(self, partial: Completion) -> "Running":
         """The same request, to be continued from `partial`."""

@@ -137,6 +137,17 @@ def test_by_arrival_the_shortest_come_first_and_what_finished_with_them_comes_ne
     assert engine.stats.num_tokens_generated == 11 + 6 + 9 + (9 + 2)
 
 
+def test_what_finished_with_the_target_comes_next_also_where_a_new_policy_verifies_it(make):
+    scheduler, engine = make([(9, 2), (3, 3), (1, 3), (2, 3), (1, 1)], verifies=True)
+    assert places(scheduler.run(2)[0]) == [1, 4]
+    assert places(scheduler.run(1)[0]) == [2]
+    engine.load_policy(None, 1)
+    groups, counts = scheduler.run(1)
+    assert (places(groups), counts.num_steps) == ([3], 1)
+    assert (counts.num_tokens_resumed, counts.num_tokens_cut) == (2 + 3 + 3, 0)
+    assert engine.stats.num_tokens_generated == (3 + 2) + 6 + 4 + 5 + 2 + 1, "nothing is written again"
+
+
 def test_in_order_of_submission_the_oldest_are_waited_for_and_later_ones_are_written_ahead(make):
     scheduler, engine = make([(9, 2), (3, 3), (1, 3), (20, 3)], order="submission")
     groups, counts = scheduler.run(2)
