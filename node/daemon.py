@@ -24,11 +24,11 @@ from node.config import RunConfig
 from node.display import Display
 from node.exchange import Exchange
 from node.interrupt import Interrupted
-from node.measure import RoundMeter, describe_external, describe_groups, describe_update
+from node.measure import RoundMeter, describe_evaluation, describe_external, describe_groups, describe_update
 from node.metrics import MovingAverage, peak_rss_bytes
 from node.recorder import RoundKeeper
 from swarm import sapo
-from swarm.evaluation import evaluate
+from swarm.evaluation import Evaluation, evaluate
 from swarm.types import RolloutGroup, TrainingBatch
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class Node:
         self._build_parts = build_parts
         self._torch = executor or ThreadPoolExecutor(max_workers=1, thread_name_prefix="torch")
         self._parts: Parts | None = None
-        self._pass_at_1_before: float | None = None
+        self._before: Evaluation | None = None  # of a policy that has not learned, until the first row has it
         self._average = MovingAverage(MOVING_AVERAGE_ROUNDS)
         self._num_updates_skipped = 0
         self._elapsed_s = 0.0
@@ -151,7 +151,7 @@ class Node:
         row |= parts.rollouts.describe()
         if self._evaluation_is_due(round_index):
             with meter.time("evaluation"):
-                row["pass_at_1_heldout"] = await self._in_torch(self._evaluate)
+                row |= describe_evaluation(await self._in_torch(self._evaluate))
         await self._record(row, batch, meter)
 
     async def _update(self, batch: TrainingBatch) -> "UpdateStats | None":
@@ -194,8 +194,9 @@ class Node:
         self._num_updates_skipped += stats is not None and stats.skipped
         row["num_updates_skipped"] = self._num_updates_skipped
         row["scoring_outcomes"] = dict(sorted(outcomes.items()))
-        if self._pass_at_1_before is not None:
-            row["pass_at_1_heldout_before"], self._pass_at_1_before = self._pass_at_1_before, None
+        if self._before is not None:
+            row |= describe_evaluation(self._before, "_before")
+            self._before = None
         return row
 
     async def _start(self) -> None:
@@ -225,8 +226,8 @@ class Node:
             await self._in_torch(self._load_policy)
         elif self.config.evaluation.num_items and not self.stopping.is_set():
             self._enter("evaluation")
-            self._pass_at_1_before = await self._in_torch(self._evaluate)
-            self.display.evaluated_before(self._pass_at_1_before)
+            self._before = await self._in_torch(self._evaluate)
+            self.display.evaluated_before(self._before.pass_at_1)
 
     async def _save(self, within_s: float | None) -> None:
         """Leave a checkpoint of the last finished round; not where an update after it has begun to change things."""
@@ -240,7 +241,7 @@ class Node:
         is_due = round_index == self.config.rounds or (every > 0 and round_index % every == 0)
         return is_due and self.config.evaluation.num_items > 0
 
-    def _evaluate(self) -> float:
+    def _evaluate(self) -> Evaluation:
         parts, config = self.parts, self.config
         return evaluate(
             parts.engine,
@@ -250,7 +251,7 @@ class Node:
             temperature=config.evaluation.temperature,
             max_new_tokens=config.rollout.max_new_tokens,
             seed=config.seed,
-        ).pass_at_1
+        )
 
     def _load_policy(self) -> None:
         trainer = self.parts.trainer

@@ -8,16 +8,17 @@ import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from swarm.advantage import group_advantages
 from swarm.config import SapoConfig
 from swarm.types import RolloutGroup, TrainingBatch
 
 if TYPE_CHECKING:
+    from swarm.evaluation import Evaluation
     from swarm.trainer import UpdateStats
 
-__all__ = ["RoundMeter", "describe_external", "describe_groups", "describe_update"]
+__all__ = ["RoundMeter", "describe_evaluation", "describe_external", "describe_groups", "describe_update"]
 
 
 class RoundMeter:
@@ -74,6 +75,14 @@ def describe_external(num_own: int, external: Sequence[RolloutGroup], batch: Tra
         "num_external_missing": batch.num_external_missing,
         "reward_external_mean": statistics.fmean(rewards) if rewards else None,
     }
+
+
+def describe_evaluation(found: "Evaluation", when: str = "") -> dict[str, Any]:
+    """Return held-out pass@1, and that of each task source where there are several. `when` ends the names."""
+    row: dict[str, Any] = {f"pass_at_1_heldout{when}": found.pass_at_1}
+    if len(found.by_source) > 1:
+        row[f"pass_at_1_heldout{when}_by_source"] = dict(found.by_source)
+    return row
 
 
 def describe_update(stats: "UpdateStats | None") -> dict[str, float | None]:

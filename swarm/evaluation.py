@@ -5,7 +5,7 @@ Its seeds are its own, so that an evaluation changes nothing about training. Whi
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -39,6 +39,7 @@ class Evaluation:
 
     pass_at_1: float  # share of questions answered fully correctly at the first try
     num_items: int
+    by_source: Mapping[str, float]  # the same for the questions of each task source
 
 
 def evaluate(
@@ -61,8 +62,11 @@ def evaluate(
     jobs = [
         (task.ref, policy.decode(completion.token_ids)) for task, completion in zip(tasks, completions, strict=True)
     ]
-    num_passed = sum(score.reward >= _CORRECT for score in scorer.score(jobs))
-    return Evaluation(num_passed / len(tasks), len(tasks))
+    passed: dict[str, list[bool]] = {}
+    for task, score in zip(tasks, scorer.score(jobs), strict=True):
+        passed.setdefault(task.ref.source, []).append(score.reward >= _CORRECT)
+    by_source = {source: sum(found) / len(found) for source, found in sorted(passed.items())}
+    return Evaluation(sum(map(sum, passed.values())) / len(tasks), len(tasks), by_source)
 
 
 def _request_seed(seed: int, ref: TaskRef) -> int:

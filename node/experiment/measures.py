@@ -8,7 +8,7 @@ import numpy as np
 
 from node.experiment.record import NodeRecord, UnitRecord
 
-__all__ = ["MEASURES", "Interval", "bootstrap", "measure", "oscillation", "paired"]
+__all__ = ["MEASURES", "Interval", "bootstrap", "cumulative_reward", "measure", "oscillation", "paired"]
 
 NUM_RESAMPLES: Final = 10_000
 CONFIDENCE: Final = 0.95

@@ -55,6 +55,8 @@ class NodeRecord:
     settings: Mapping[str, Any]  # those that not all nodes of the unit have alike
     columns: Mapping[str, Sequence[Any]]
     heldout: Sequence[tuple[int, float]]  # (round, pass@1); round 0 is before training
+    heldout_before_by_source: Mapping[str, float]  # before training; empty where there is one source
+    heldout_after_by_source: Mapping[str, float]  # at the last evaluation
     num_refused: Mapping[str, int]
     bytes_in: int
     bytes_out: int
@@ -92,10 +94,16 @@ def node_record(rows: Sequence[Mapping[str, Any]], own_settings: Mapping[str, An
         own_settings,
         columns,
         heldout_points(rows),
+        _last(rows[:1], "pass_at_1_heldout_before_by_source"),
+        _last(rows, "pass_at_1_heldout_by_source"),
         dict(sorted(refused.items())),
         sum(row["bytes_in"] for row in rows),
         sum(row["bytes_out"] for row in rows),
     )
+
+
+def _last(rows: Sequence[Mapping[str, Any]], name: str) -> Mapping[str, float]:
+    return next((row[name] for row in reversed(rows) if name in row), {})
 
 
 def split_settings(unit: Unit) -> tuple[dict[str, Any], list[dict[str, Any]]]:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,29 @@ def table(summary: Summary) -> str:
         others = [arm for arm in arms if base in arm["against"]]
         if others:
             parts += ["", f"Against {base} on the same seeds", "", *_rows(_against(base), others)]
+    if len({node["model"] for arm in arms for node in arm["nodes"]}) > 1:
+        parts += ["", "Each node: held-out pass@1 before and after, by task; means over seeds", "", *_node_rows(arms)]
     return "\n".join([*parts, ""])
+
+
+def _node_rows(arms: list[Any]) -> list[str]:
+    """Return the table of nodes that are not alike: what each of them could do before, and can do after."""
+    sources = sorted({source for arm in arms for node in arm["nodes"] for source in node["heldout_after_by_source"]})
+    nodes = [
+        {"I/J": arm["name"], "number": number, **node} for arm in arms for number, node in enumerate(arm["nodes"], 1)
+    ]
+    columns: dict[str, Any] = {
+        "I/J": lambda node: node["I/J"],
+        "node": lambda node: f"{node['number']}, {Path(node['model']).name}",
+        "cumulative reward": lambda node: f"{node['reward_cumulative']:.1f}",
+        **{source.rpartition("/")[2]: partial(_before_and_after, source) for source in sources},
+    }
+    return _rows(columns, nodes)
+
+
+def _before_and_after(source: str, node: Mapping[str, Any]) -> str:
+    both = (node[f"heldout_{when}_by_source"].get(source) for when in ("before", "after"))
+    return " to ".join("?" if value is None else f"{value:.3f}" for value in both)
 
 
 def _seeds(summary: Summary) -> str:

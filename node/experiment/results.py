@@ -1,11 +1,12 @@
 """What an experiment came to, from the files of its units: all numbers of the tables and of the figures."""
 
 import json
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from node.experiment.measures import MEASURES, bootstrap, measure, paired
+from node.experiment.measures import MEASURES, bootstrap, cumulative_reward, measure, paired
 from node.experiment.plan import Plan
 from node.experiment.record import UnitRecord, read_unit
 from node.run_folder import RunFolderError, write_atomically
@@ -63,6 +64,7 @@ def compare(plan: Mapping[str, Any], results: Results) -> dict[str, Any]:
                     **arm,
                     "seeds": list(measured[name]),
                     "measures": {key: _bootstrap(measured[name], key) for key in MEASURES},
+                    "nodes": _each_node(results[name]),
                     "against": {
                         base: {key: _paired(measured[name], measured[base], key) for key in MEASURES}
                         for base in baselines
@@ -72,6 +74,24 @@ def compare(plan: Mapping[str, Any], results: Results) -> dict[str, Any]:
             )
     kept = {key: value for key, value in plan.items() if key != "arms"}
     return {**kept, "schema_version": SCHEMA_VERSION, "baselines": baselines, "arms": arms}
+
+
+def _each_node(units: Sequence[UnitRecord]) -> list[dict[str, Any]]:
+    """Return what each node could do before and after, by task source, as means over seeds; nodes may differ."""
+    return [
+        {
+            "model": nodes[0].settings.get("model.name", units[0].settings.get("model.name")),
+            "reward_cumulative": statistics.fmean(map(cumulative_reward, nodes)),
+            "heldout_before_by_source": _means([node.heldout_before_by_source for node in nodes]),
+            "heldout_after_by_source": _means([node.heldout_after_by_source for node in nodes]),
+        }
+        for nodes in zip(*(unit.nodes for unit in units), strict=True)
+    ]
+
+
+def _means(found: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Return the mean of each entry that all of them have."""
+    return {key: statistics.fmean(one[key] for one in found) for key in found[0] if all(key in one for one in found)}
 
 
 def _baselines(plan: Mapping[str, Any]) -> list[str]:

@@ -58,16 +58,26 @@ class Scorer:
         return [Score({"a": 1.0, "b": 0.5}.get(text, 0.0)) for _, text in jobs]
 
 
-def tasks(questions: Sequence[str]) -> list[Task]:
-    return [Task(TaskRef("letters", "0" * 32, 1, index), question) for index, question in enumerate(questions)]
+def tasks(questions: Sequence[str], sources: Sequence[str] = ("letters",)) -> list[Task]:
+    """Questions of the sources in turn."""
+    return [
+        Task(TaskRef(sources[index % len(sources)], "0" * 32, 1, index), question)
+        for index, question in enumerate(questions)
+    ]
 
 
-def run(engine: Engine, questions: Sequence[str], seed: int = 3) -> Evaluation:
-    return evaluate(engine, LetterPolicy(), Scorer(), tasks(questions), temperature=0.7, max_new_tokens=5, seed=seed)
+def run(engine: Engine, questions: Sequence[str], seed: int = 3, sources: Sequence[str] = ("letters",)) -> Evaluation:
+    asked = tasks(questions, sources)
+    return evaluate(engine, LetterPolicy(), Scorer(), asked, temperature=0.7, max_new_tokens=5, seed=seed)
 
 
 def test_only_full_rewards_pass_and_answers_meet_their_own_questions():
-    assert run(EchoEngine(), ["a1", "b2", "a3", "c4"]) == Evaluation(pass_at_1=0.5, num_items=4)
+    assert run(EchoEngine(), ["a1", "b2", "a3", "c4"]) == Evaluation(0.5, 4, {"letters": 0.5})
+
+
+def test_each_source_has_a_share_of_its_own():
+    found = run(EchoEngine(), ["a1", "b2", "a3", "c4", "a5"], sources=("first", "second"))
+    assert found == Evaluation(0.6, 5, {"first": 1.0, "second": 0.0})
 
 
 def test_each_question_is_asked_once_with_a_seed_of_its_own_that_never_changes():

@@ -16,7 +16,7 @@ def node(rewards, heldout=(), **columns):
         "num_tokens_generated": [10] * length,
         "num_completions": [8] * length,
     }
-    return NodeRecord({}, {"reward_mean": rewards, **filled, **columns}, list(heldout), {}, 0, 0)
+    return NodeRecord({}, {"reward_mean": rewards, **filled, **columns}, list(heldout), {}, {}, {}, 0, 0)
 
 
 def unit(*nodes):

@@ -31,6 +31,8 @@ def rows(unit, number):
     """A node that earns more with others, and in some seeds more than in others."""
     reward = 0.1 * unit.seed + (0.2 if unit.arm == "4/4" else 0.0)
     num_external = unit.configs[number].sapo.num_external
+    before = {"gym/sums": 0.1, "gym/words": 0.1}
+    by_source = {"gym/sums": reward, "gym/words": 2 * reward}
     return [
         {
             "round": index,
@@ -47,8 +49,8 @@ def rows(unit, number):
             "bytes_out": 20,
             "cpu_so_far_s": 0.5 * index,
             "wall_so_far_s": 0.75 * index,
-            **({"pass_at_1_heldout_before": 0.1} if index == 1 else {}),
-            **({"pass_at_1_heldout": reward} if index == ROUNDS else {}),
+            **({"pass_at_1_heldout_before": 0.1, "pass_at_1_heldout_before_by_source": before} if index == 1 else {}),
+            **({"pass_at_1_heldout": reward, "pass_at_1_heldout_by_source": by_source} if index == ROUNDS else {}),
         }
         for index in range(1, ROUNDS + 1)
     ]
@@ -74,6 +76,8 @@ def test_a_unit_comes_back_as_columns(tmp_path):
     assert node.num_refused == {"duplicate": ROUNDS}
     assert found.settings["sapo.num_external"] == 4
     assert node.settings == {"seed": 1001}
+    assert node.heldout_before_by_source == {"gym/sums": 0.1, "gym/words": 0.1}
+    assert node.heldout_after_by_source["gym/words"] == pytest.approx(0.6)
 
 
 def test_the_table_has_every_arm_and_each_against_the_baselines(tmp_path):
@@ -91,6 +95,19 @@ def test_the_table_has_every_arm_and_each_against_the_baselines(tmp_path):
     assert json.loads((tmp_path / "results.json").read_text()) == found
     for name in ("reward", "heldout", "cumulative"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_nodes_that_differ_have_a_table_of_their_own(tmp_path):
+    mixed = plan(nodes=[{"model.name": "tiny"}, {"model.name": "some/other"}], **{"experiment.nodes": 2})
+    write(tmp_path, mixed)
+    assert [node["model"] for node in write_report(tmp_path)["arms"][0]["nodes"]] == ["tiny", "some/other"]
+    text = (tmp_path / "results.md").read_text()
+    assert "| I/J | node | cumulative reward | sums | words |" in text
+    assert "| 4/4 | 2, other | 2.4 | 0.100 to 0.400 | 0.100 to 0.800 |" in text
+    (tmp_path / "alike").mkdir()
+    write(tmp_path / "alike", plan())
+    write_report(tmp_path / "alike")
+    assert "Each node" not in (tmp_path / "alike/results.md").read_text()
 
 
 def test_arms_are_compared_over_the_seeds_that_both_have(tmp_path):
