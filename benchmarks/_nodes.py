@@ -2,12 +2,15 @@
 
     python benchmarks/_nodes.py gather [--nodes 8] [--kilobytes 28 256] [--compressed-kilobytes 256] [--rounds 3]
     python benchmarks/_nodes.py sample [--nodes 8] [--rounds 8] [--warmup 6] [--round-s 15] [--external 4]
+    python benchmarks/_nodes.py partition [--nodes 6]
 
 gather: all publish at the same moment, and each wants every group of all the others, once they are linked. What
         a node publishes is counted as genrl counts it, before compression, and beside that as it is on the wire.
 sample: what nodes that train do. Each takes J groups a round and publishes as many, at its own pace.
+partition: each wants everything and publishes now and then; the network is cut in half for a minute, and heals.
+        Needs root: every node has a network namespace of its own.
 
-Both print one JSON object. Nodes are whole members with the settings of `swarm-node join`, but for what `gather`
+All print one JSON object. Nodes are whole members with the settings of `swarm-node join`, but for what `gather`
 has to ask for: a reserve for everything, and announcements to all. In place of the verifier there is one
 that gives half of the completions a reward: scoring is not what is timed here. Texts are `texts.json`'s.
 In a network namespace of its own, the interface's counter says what crosses the wire with everything around it.
@@ -15,6 +18,7 @@ In a network namespace of its own, the interface's counter says what crosses the
 
 import argparse
 import asyncio
+import dataclasses
 import json
 import math
 import multiprocessing as mp
@@ -25,6 +29,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from _namespaces import Namespaces, enter_namespace
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from protocol.about import NodeAbout
@@ -37,13 +42,16 @@ from protocol.shards import record_validator
 from protocol.transport.hivemind import HivemindSettings, HivemindTransport
 from protocol.wire import encode_frame, encode_group
 
-__all__ = ["num_texts", "quantile", "real_groups"]
+__all__ = ["num_texts", "partition", "quantile", "real_groups"]
 
 TEXTS = Path(__file__).with_name("texts.json")
 LOCAL = HivemindSettings(listen=("/ip4/127.0.0.1/tcp/0",), nat_port_map=False, startup_timeout_s=60)
 START_WITHIN_S = 90.0
 LINK_WITHIN_S = 60.0
 SETTLE_S = 3.0
+PARTITION_S = 60.0
+PUBLISH_EVERY_S = 5.0
+NUM_PUBLISHED = 2  # groups at one time, by each node, before and during the partition
 
 
 def quantile(values: Sequence[float], share: float) -> float:
@@ -90,13 +98,14 @@ def _content_bytes(group: SharedGroup) -> int:
 class _Node:
     """One node, in a process of its own, told what to do over a pipe."""
 
-    def __init__(self, rank: int, config: SwarmConfig) -> None:
+    def __init__(self, rank: int, config: SwarmConfig, host: str) -> None:
         self.rank = rank
         self.admitted: dict[tuple[int, int], float] = {}  # when, by author and number
         self.wanted = 0
         self.complete = asyncio.Event()
         identity = Identity(Ed25519PrivateKey.generate())
-        self._transport = HivemindTransport(identity, record_validator(config.swarm_id), LOCAL)
+        listening = dataclasses.replace(LOCAL, listen=(f"/ip4/{host}/tcp/0",))
+        self._transport = HivemindTransport(identity, record_validator(config.swarm_id), listening)
         self.member = Member(
             identity,
             self._transport,
@@ -154,6 +163,19 @@ class _Node:
             **{name: after[name] - before[name] for name in after},
         }
 
+    async def publish_for(self, seconds: float, first: int) -> int:
+        """Publish now and then; return how many groups."""
+        num, start_s = 0, time.monotonic()
+        while time.monotonic() < start_s + seconds:
+            await self.member.publish(real_groups(self.rank, first + num, NUM_PUBLISHED))
+            num += NUM_PUBLISHED
+            await asyncio.sleep(PUBLISH_EVERY_S)
+        return num
+
+    async def num_admitted(self) -> int:
+        """How many groups of others this node has."""
+        return int(self.member.status()["groups_admitted"])
+
     async def sample(self, rounds: int, warmup: int, round_s: float, external: int) -> dict[str, Any]:
         """Live some rounds, and some more that count."""
         rng = random.Random(self.rank)
@@ -177,13 +199,15 @@ class _Node:
         }
 
 
-def _run_node(pipe: Connection, rank: int, settings: dict[str, Any]) -> None:
-    asyncio.run(_serve(pipe, rank, settings))
+def _run_node(pipe: Connection, rank: int, settings: dict[str, Any], host: str, namespace: str | None) -> None:
+    if namespace is not None:
+        enter_namespace(namespace)
+    asyncio.run(_serve(pipe, rank, SwarmConfig(**settings), host))
 
 
-async def _serve(pipe: Connection, rank: int, settings: dict[str, Any]) -> None:
+async def _serve(pipe: Connection, rank: int, config: SwarmConfig, host: str) -> None:
     """Start, say where, and do what the pipe says until it says no more."""
-    node = _Node(rank, SwarmConfig(**settings))
+    node = _Node(rank, config, host)
     await node.member.start()
     watcher = asyncio.create_task(node.member.wait_failed())
     try:
@@ -205,15 +229,18 @@ async def _serve(pipe: Connection, rank: int, settings: dict[str, Any]) -> None:
 class _Nodes:
     """All nodes, as their parent sees them."""
 
-    def __init__(self, num: int, settings: Callable[[int], dict[str, Any]]) -> None:
+    def __init__(
+        self, num: int, settings: Callable[[int], dict[str, Any]], namespaces: Namespaces | None = None
+    ) -> None:
         context = mp.get_context("spawn")
         self.pipes: list[Connection] = []
         self._processes = []
         peers: tuple[str, ...] = ()
         for rank in range(num):
             ours, theirs = context.Pipe()
+            where = ("127.0.0.1", None) if namespaces is None else (namespaces.hosts[rank], namespaces.names[rank])
             process = context.Process(
-                target=_run_node, args=(theirs, rank, {**settings(rank), "peers": peers}), daemon=True
+                target=_run_node, args=(theirs, rank, {**settings(rank), "peers": peers}, *where), daemon=True
             )
             process.start()
             theirs.close()
@@ -360,11 +387,38 @@ def sample(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def partition(num_nodes: int, within_s: float = 60.0) -> dict[str, Any]:
+    """Cut a network in half for a minute; measure how soon after that everybody has nearly everything."""
+    settings = {"reserve_groups": 4000, "max_rescore_queue": 4000, "max_author_share": 1.0}
+    half = range(num_nodes // 2)
+    with Namespaces(num_nodes) as network, _Nodes(num_nodes, lambda rank: settings, network) as nodes:
+        found: dict[str, Any] = {"num_nodes": num_nodes, "num_peers": nodes.link()}
+        before = nodes.all_do("publish_for", 30, seconds=2 * PUBLISH_EVERY_S, first=0)
+        network.cut_off(half)
+        during = nodes.all_do("publish_for", PARTITION_S + 20, seconds=PARTITION_S, first=before[0])
+        num = [a + b for a, b in zip(before, during, strict=True)]  # groups of each node; all of them are live
+        others = [sum(num) - own for own in num]
+
+        def shares() -> list[float]:
+            return [has / of for has, of in zip(nodes.all_do("num_admitted", 10), others, strict=True)]
+
+        found["groups"], found["shares_parted"] = sum(num), shares()
+        network.heal()
+        start_s, found["shares_after_s"] = time.monotonic(), {}
+        while (after_s := time.monotonic() - start_s) < within_s:
+            found["shares_after_s"][round(after_s, 1)] = min(now := shares())
+            if min(now) >= 0.99:
+                break
+            time.sleep(0.5)
+        found["healed_s"] = round(after_s, 1) if min(now) >= 0.99 else None
+    return found
+
+
 def main() -> None:
-    """Run one of the two and print its figures."""
+    """Run one of them and print its figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("gather", "sample"))
-    parser.add_argument("--nodes", type=int, default=8)
+    parser.add_argument("what", choices=("gather", "sample", "partition"))
+    parser.add_argument("--nodes", type=int, help="8; 6 of partition")
     parser.add_argument("--kilobytes", type=int, nargs="+", default=[28, 256], help="of groups, by each node")
     parser.add_argument("--compressed-kilobytes", type=int, nargs="*", default=[256], help="of frames")
     parser.add_argument("--rounds", type=int, help="measured: 3 of gather, 8 of sample")
@@ -373,8 +427,10 @@ def main() -> None:
     parser.add_argument("--external", type=int, default=4)
     parser.add_argument("--limit-s", type=float, default=60.0, help="for one round of `gather`")
     args = parser.parse_args()
-    args.rounds = args.rounds or {"gather": 3, "sample": 8}[args.what]
-    print(json.dumps(gather(args) if args.what == "gather" else sample(args)))
+    args.nodes = args.nodes or (6 if args.what == "partition" else 8)
+    args.rounds = args.rounds or (3 if args.what == "gather" else 8)
+    measure = {"gather": gather, "sample": sample, "partition": lambda args: partition(args.nodes)}[args.what]
+    print(json.dumps(measure(args)))
 
 
 if __name__ == "__main__":
