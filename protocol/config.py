@@ -7,6 +7,7 @@ from typing import Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from protocol.fields import is_label
 from protocol.limits import FRESHNESS_S, MAX_OFFERS, MAX_PEERS, MAX_SWARM_ID_BYTES
 
 __all__ = ["SwarmConfig"]
@@ -92,6 +93,8 @@ class SwarmConfig(BaseModel):
     def _check(self) -> Self:
         if len(self.swarm_id.encode()) > MAX_SWARM_ID_BYTES:
             raise ValueError(f"swarm_id has at most {MAX_SWARM_ID_BYTES} bytes")
+        if not is_label(self.swarm_id):
+            raise ValueError("swarm_id has control characters, as a tab or a line break: leave them out")
         if self.min_outbound > self.num_outbound:
             raise ValueError("min_outbound is at most num_outbound")
         return self

@@ -15,10 +15,15 @@ from protocol.messages import PROTOCOL_VERSION
 from protocol.refusals import Reason, Refusal
 from protocol.versions import check_version, peek_version
 
-__all__ = ["Fields", "open_record", "write_record"]
+__all__ = ["Fields", "is_label", "open_record", "write_record"]
 
 _NUM_SPARE_VALUES = 256  # scalars and containers that fields of newer minor versions may add
 _CONTROL_CHARACTERS = frozenset(map(chr, (*range(0x20), *range(0x7F, 0xA0))))
+
+
+def is_label(text: str) -> bool:
+    """Whether text may be shown on a terminal: there is some, and no control character in it."""
+    return bool(text) and (text.isprintable() or _CONTROL_CHARACTERS.isdisjoint(text))
 
 
 class Fields:
@@ -66,7 +71,7 @@ class Fields:
     def label(self, name: str, max_bytes: int) -> str:
         """Return text that may be shown on a terminal: 1 to `max_bytes` bytes of UTF-8, no control characters."""
         value = self.text(name, max_bytes)
-        if not value or not (value.isprintable() or _CONTROL_CHARACTERS.isdisjoint(value)):
+        if not is_label(value):
             raise self.bad(name, "is empty or has control characters")
         return value
 

@@ -84,7 +84,8 @@ def test_no_background_task_dies_unnoticed():
 
 def test_settings_refuse_what_they_do_not_know_or_cannot_be():
     assert SwarmConfig().reserve_groups == 5
-    for wrong in ({"resrve_groups": 5}, {"swarm_id": "x" * 65}, {"swarm_id": ""}, {"num_outbound": 2}, {"ban_s": 0}):
+    ids = ({"swarm_id": text} for text in ("x" * 65, "", "a\tb", "a\x9bm"))
+    for wrong in (*ids, {"resrve_groups": 5}, {"num_outbound": 2}, {"ban_s": 0}):
         with pytest.raises(ValidationError):
             SwarmConfig.model_validate(wrong)
     assert all(field.description for field in SwarmConfig.model_fields.values())
