@@ -19,7 +19,7 @@ from node.membership import software
 from node.run_folder import RunFolder, write_atomically
 from node.running import StopDeadline, resume_command
 from node.status import build_status
-from protocol.about import NodeAbout
+from protocol.about import NO_MODEL, NodeAbout
 
 __all__ = ["run_bootstrap"]
 
@@ -41,7 +41,7 @@ async def _run(config: RunConfig, folder: RunFolder, deadline: StopDeadline, *, 
     def note(text: str) -> None:
         print(text, file=out, flush=True)
 
-    about = NodeAbout("bootstrap", software(), "none", ())
+    about = NodeAbout("bootstrap", software(), NO_MODEL, ())
     member = await make_member(config, folder, None, lambda: about)
     began_at = time.time()
 

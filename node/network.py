@@ -25,7 +25,7 @@ from node.join import make_transport
 from node.membership import software
 from node.options import RUNS
 from node.status import SCHEMA_VERSION
-from protocol.about import NodeAbout
+from protocol.about import NO_MODEL, NodeAbout
 from protocol.clock import system_clock
 from protocol.crawl import Crawled, crawl
 from protocol.identity import Identity
@@ -36,7 +36,7 @@ from swarm.errors import UserError
 __all__ = ["NobodyAnswers", "describe_network", "network_view", "show_network"]
 
 _MAX_NODES: Final = 10_000
-_ABOUT: Final = NodeAbout("bootstrap", f"{software()} network", "none", ())
+_ABOUT: Final = NodeAbout("bootstrap", f"{software()} network", NO_MODEL, ())
 
 
 class NobodyAnswers(UserError):
@@ -158,7 +158,7 @@ def network_view(network: dict[str, Any]) -> Group:
         table.add_row(
             node["node_id"][:16],
             node["role"],
-            "" if node["role"] == "bootstrap" else node["model"],
+            node["model"],
             ", ".join(node["tasks"]),
             f"{node['rollouts_per_minute']:,}",
             node["software"],

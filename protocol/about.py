@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["NodeAbout"]
+__all__ = ["NO_MODEL", "NodeAbout"]
+
+NO_MODEL = "none"  # the label of who has no policy: a bootstrap, a crawler
 
 
 @dataclass(frozen=True, slots=True)
@@ -12,6 +14,6 @@ class NodeAbout:
 
     role: Literal["trainer", "bootstrap"]
     software: str  # e.g. "swarm-node/0.2.0"
-    model: str  # label of the policy; "none" for a bootstrap
+    model: str  # label of the policy, or NO_MODEL
     tasks: tuple[str, ...]  # sources that it trains on; those that do not fit are left out
     rollouts_per_minute: int = 0  # completions that it published in the last minutes
