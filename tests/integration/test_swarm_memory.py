@@ -339,3 +339,27 @@ def test_a_bootstrap_relays_and_pulls_nothing():
         await swarm.close()
 
     simulate(main())
+
+
+def test_membership_alone_costs_little():
+    """Nothing is published: what is left is the directory, greetings, pings and the search for groups."""
+
+    async def main(num_nodes: int) -> float:
+        swarm = Swarm()
+        nodes = [await swarm.add() for _ in range(num_nodes)]
+        await asyncio.sleep(180)  # they know one another by then
+        before = sum(node.transport.traffic.bytes_in for node in nodes)
+        await asyncio.sleep(600)
+        spent = sum(node.transport.traffic.bytes_in for node in nodes) - before
+        await swarm.close()
+        return spent / num_nodes / 10
+
+    found: dict[int, float] = {}
+    for num_nodes in (8, 100):
+
+        async def measure(num_nodes: int = num_nodes) -> None:
+            found[num_nodes] = await main(num_nodes)
+
+        simulate(measure())
+    assert found[8] < 3_000, found  # bytes per node and minute
+    assert found[100] < 6_000, found
