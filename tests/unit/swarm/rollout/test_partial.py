@@ -203,3 +203,31 @@ def test_groups_are_scored_with_their_masks(rollouts):
     engine.load_policy(None, 1)
     [group, *_] = partial.collect(questions(2), round_index=2)
     assert replace(group.with_rewards((0.0, 1.0, 0.0, 1.0)), rewards=()) == group
+
+
+def first_rounds(tiny, seeds, **settings):
+    """The lengths that the first round of several runs of the built-in model trains on."""
+    found = []
+    engine = torch_engine(tiny, num_slots=96)
+    config = CONFIG.model_copy(update={"num_completions": 4, "over_provision": 3.0, **settings})
+    for seed in seeds:
+        tasks = {at: questions(at, 6) for at in (1, 2, 3)}
+        partial = PartialRollouts(engine, tiny, config, seed, lambda at, tasks=tasks: tasks.get(at, []))
+        groups = partial.collect(tasks[1], round_index=1)
+        found += [len(one.token_ids) for group in groups for one in group.completions]
+    return found
+
+
+def largest_difference(one, other):
+    """Of two empirical distribution functions."""
+    return max(
+        abs(sum(n <= at for n in one) / len(one) - sum(n <= at for n in other) / len(other)) for at in {*one, *other}
+    )
+
+
+def test_the_built_in_model_shows_the_bias_of_arrival_and_none_of_submission(tiny):
+    expected = first_rounds(tiny, range(100, 124), over_provision=1.0)
+    limit = 1.95 * (2 / len(expected)) ** 0.5
+    assert largest_difference(first_rounds(tiny, range(24)), expected) < limit
+    early = first_rounds(tiny, range(24), order="arrival", stale_tokens="correct")
+    assert largest_difference(early, expected) > limit, "the control: what is whole first is short"
