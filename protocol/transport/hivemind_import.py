@@ -14,7 +14,7 @@ from importlib.util import find_spec, module_from_spec
 __all__ = ["import_dht"]
 
 # What modules of hivemind import from the package itself: (name, module that has it).
-_NAMES = {
+_NAMES: dict[str, tuple[tuple[str, str], ...]] = {
     "hivemind": (),
     "hivemind.dht": (),
     "hivemind.utils": (
