@@ -26,7 +26,7 @@ __all__ = ["RunningUnit", "SimulatedUnit", "UnitFailed", "run_units"]
 _POLL_S: Final = 0.2
 _LINE_INTERVAL_S: Final = 10.0  # at least
 _LINES: Final = 50  # about so many lines, from the tenth minute on
-_END_WITHIN_S: Final = 5.0
+_END_WITHIN_S: Final = 3.0
 
 
 class UnitFailed(RuntimeError):
