@@ -126,10 +126,10 @@ class SapoConfig(Section):
         True, description="whether groups of others also take the places of own groups that have no advantage"
     )
     external_negative_weight: float = Field(
-        0.3,
-        ge=0,
-        le=1,
-        description="weight of external completions that are worse than their siblings; 1: as the paper",
+        0.3, ge=0, le=1, description="weight of external completions that are worse than their siblings; the paper's: 1"
+    )
+    own_negative_weight: float = Field(
+        1.0, ge=0, le=1, description="the same for own completions: a control for experiments"
     )
     publish: Literal["informative", "all", "none"] = Field(
         "informative", description="own groups that the swarm is given; informative: those with an advantage"

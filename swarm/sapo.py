@@ -108,8 +108,8 @@ def _training_group(group: RolloutGroup, config: SapoConfig, *, is_own: bool) ->
     is_filtered = config.own_filter or not is_own
     if not kept or (is_filtered and not any(advantages[index] for index in kept)):
         return None
-    if not is_own:
-        weight = config.external_negative_weight
+    weight = config.own_negative_weight if is_own else config.external_negative_weight
+    if weight != 1:
         advantages = tuple(advantage * weight if advantage < 0 else advantage for advantage in advantages)
     return TrainingGroup(
         prompt_ids=group.prompt_ids,

@@ -129,10 +129,12 @@ def test_nothing_is_filled_where_it_is_off_or_nobody_is_asked(changed):
     assert num_to_fill([make_group(1, EQUAL)], 0, config) == 0
 
 
-def test_only_external_completions_that_are_worse_than_their_siblings_weigh_less():
-    config = SapoConfig(num_local=1, num_external=1, external_negative_weight=0.25)
+@pytest.mark.parametrize(("own", "external"), [(1.0, 0.25), (0.5, 1.0)])
+def test_only_completions_that_are_worse_than_their_siblings_weigh_less(own, external):
+    weights = {"own_negative_weight": own, "external_negative_weight": external}
+    config = SapoConfig(num_local=1, num_external=1, **weights)
     batch = build_batch([make_group(1, MIXED)], [make_group(2, MIXED)], config, random.Random(0))
-    assert [group.advantages for group in batch.groups] == [(1.0, -1.0), (1.0, -0.25)]
+    assert [group.advantages for group in batch.groups] == [(1.0, -own), (1.0, -external)]
 
 
 def test_without_the_filter_own_groups_without_an_advantage_weigh_in_the_mean():
