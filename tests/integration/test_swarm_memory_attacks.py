@@ -13,6 +13,7 @@ from _swarm import Node, Swarm, identity_of, write_group
 from protocol.about import NodeAbout
 from protocol.digests import leaf_of
 from protocol.identity import Identity
+from protocol.limits import NODE_RECORD_TTL_S
 from protocol.messages import Announcement, SharedCompletion, SharedGroup
 from protocol.own_record import sign_own_record
 from protocol.requests import (
@@ -28,11 +29,12 @@ from protocol.requests import (
     encode_peers_response,
     encode_pull_response,
 )
-from protocol.shards import path_of, shard_key
+from protocol.shards import NUM_SALTS, Shards, path_of, record_validator, shard_key
 from protocol.signing import sign_announcement
-from protocol.transport import virtual_time
+from protocol.transport import memory_network, virtual_time
 from protocol.transport.base import RequestRefused, TransportError
 from protocol.transport.memory import MemoryTransport
+from protocol.transport.memory_network import MemoryNetwork
 from protocol.transport.virtual_time import virtual_clock
 from protocol.wire import encode_frame
 
@@ -398,7 +400,7 @@ def test_an_abused_directory_hides_nobody():
         path = path_of(owner, 0)
         for salt in (0, 1):
             for depth in range(17):
-                for far_s in (119, 10**9):
+                for far_s in (NODE_RECORD_TTL_S, 10**9):
                     await attacker.transport.store(
                         shard_key("main", salt, depth, path_of(owner, salt)), value, clock() + far_s
                     )
@@ -406,7 +408,8 @@ def test_an_abused_directory_hides_nobody():
         sybils = [await attack(swarm, 30_000 + number) for number in range(10)]
         for sybil in sybils:
             for salt in (0, 1):
-                await sybil.transport.store(shard_key("main", salt, 0, 0), sybil.record().encoded, clock() + 119)
+                expires_at = sybil.record().created_at_ms / 1000 + NODE_RECORD_TTL_S
+                await sybil.transport.store(shard_key("main", salt, 0, 0), sybil.record().encoded, expires_at)
         honest = [await swarm.add(peers=()) for _ in range(20)]
         for number, node in enumerate(honest):  # each knows one other: the sybils are in the DHT alone
             node.member.neighbours.given = {honest[number - 1].address: "not tried yet"}
@@ -442,3 +445,75 @@ def test_eclipsed_keys_isolate_nobody():
         await swarm.close()
 
     simulate(main())
+
+
+class Blind(dict[bytes, Any]):
+    """What a hostile node holds for others: it takes every record, and has none."""
+
+    def setdefault(self, key: bytes, default: Any = None) -> Any:
+        return {}
+
+
+def next_to(keys: Sequence[bytes], honest: Sequence[Identity], num: int) -> list[Identity]:
+    """Make so many identities for each key that stand between it and the first honest node behind it."""
+    places = [memory_network._place(identity.node_id.encode()) for identity in honest]
+    missing, found, seed = dict.fromkeys(keys, num), list[Identity](), 50_000
+    while missing:
+        identity, seed = identity_of(seed), seed + 1
+        place = memory_network._place(identity.node_id.encode())
+        for key in missing:
+            start = memory_network._place(key)
+            distance = min(int.from_bytes(p) - int.from_bytes(start) & 2**128 - 1 for p in places)
+            if int.from_bytes(place) - int.from_bytes(start) & 2**128 - 1 < distance:
+                missing[key] -= 1
+                if not missing[key]:
+                    del missing[key]
+                found.append(identity)
+                break
+    return found
+
+
+async def share_found_in_shards(num_hostile: int) -> float:
+    """Place twenty nodes beside some ids next to each key that they may write to; return how much of it is found."""
+    honest = [identity_of(number) for number in range(1, 21)]
+    keys = [
+        shard_key("main", salt, depth, prefix << 16 - depth)
+        for salt in range(NUM_SALTS) for depth in range(3) for prefix in range(2**depth)
+    ]  # fmt: skip
+    network = MemoryNetwork(random.Random(0), clock=virtual_clock())
+    for identity in next_to(keys, honest, num_hostile) if num_hostile else ():
+        hostile = MemoryTransport(network, identity.node_id, lambda *record: True)
+        await hostile.start()
+        hostile._records = Blind()
+    nodes = []
+    for identity in honest:
+        transport = MemoryTransport(network, identity.node_id, record_validator("main"))
+        await transport.start()
+        nodes.append((identity, transport, Shards(transport, "main", timeout_s=5, rng=random.Random(0))))
+    for _ in range(2):  # the second time they see one another
+        for identity, transport, shards in nodes:
+            await shards.place(lambda record, salt: None)
+            now_ms = int(network.clock() * 1000)
+            await shards.publish(sign_own_record(identity, transport, "main", ABOUT, now_ms))
+    seen = [set[str]() for _ in nodes]
+    for names, (_, _, shards) in zip(seen, nodes, strict=True):
+        for turn in range(16):
+            await shards.read(turn % NUM_SALTS, lambda record, salt, names=names: names.add(record.node_id))
+    return sum(len(names) for names in seen) / len(nodes) ** 2
+
+
+def test_five_ids_next_to_every_key_hide_nobody(monkeypatch):
+    def found(num_hostile: int) -> float:
+        shares: list[float] = []
+
+        async def main() -> None:
+            shares.append(await share_found_in_shards(num_hostile))
+
+        simulate(main())
+        return shares[0]
+
+    undisturbed = found(0)  # by some random reads, not quite all
+    assert undisturbed > 0.8
+    assert found(5) >= 0.95 * undisturbed
+    monkeypatch.setattr(memory_network, "NUM_REPLICAS", 5)  # the five have every replica then
+    assert found(5) <= 0.2
