@@ -20,8 +20,6 @@ import json
 import os
 import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -29,6 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from harness import Bar, hardware, report
+
+from node.processes import NodeProcess, end_all
 
 __all__ = ["full_rounds", "summed_reward"]
 
@@ -40,42 +40,26 @@ CURVES = ("reward_mean", "num_local", "num_external", "num_external_missing", "r
 Rows = list[dict[str, Any]]
 
 
-def _start(folder: Path, name: str, *arguments: str) -> "subprocess.Popen[bytes]":
-    """Start a node, whose lines go to files in the folder."""
-    node = str(Path(sys.executable).with_name("swarm-node"))
-    with (folder / f"{name}.jsonl").open("wb") as rows, (folder / f"{name}.log").open("wb") as log:
-        return subprocess.Popen(
-            [node, *arguments, "--run-dir", str(folder / name), "--json"],
-            stdin=subprocess.DEVNULL,
-            stdout=rows,
-            stderr=log,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-
-
-def _address(folder: Path, bootstrap: "subprocess.Popen[bytes]") -> str:
+def _address(bootstrap: NodeProcess) -> str:
     """Wait until the bootstrap listens; return where."""
     deadline_s = time.monotonic() + START_WITHIN_S
-    while time.monotonic() < deadline_s and bootstrap.poll() is None:
-        lines = (folder / "bootstrap.jsonl").read_text().splitlines()
-        if lines:
-            return str(json.loads(lines[0])["swarm"]["addresses"][0])
+    while time.monotonic() < deadline_s and bootstrap.status_code is None:
+        if bootstrap.address is not None:
+            return bootstrap.address
         time.sleep(0.2)
-    raise SystemExit(f"the bootstrap does not start: {(folder / 'bootstrap.log').read_text()[-500:]}")
+    raise SystemExit(f"the bootstrap does not start: {bootstrap.last_words()}")
 
 
-def _wait(folder: Path, processes: dict[str, "subprocess.Popen[bytes]"]) -> None:
+def _wait(processes: Sequence[NodeProcess]) -> None:
     """Wait until all have ended well."""
     deadline_s = time.monotonic() + LIMIT_S
     try:
-        for name, process in processes.items():
-            if process.wait(max(0.1, deadline_s - time.monotonic())):
-                raise SystemExit(f"{name} ended badly: {(folder / f'{name}.log').read_text()[-1000:]}")
+        for process in processes:
+            process.wait(deadline_s)
+            if process.status_code:
+                raise SystemExit(f"{process.name} ended badly: {process.last_words()}")
     finally:
-        for process in processes.values():
-            if process.poll() is None:
-                process.kill()
-                process.wait()
+        end_all(processes)
 
 
 def _rows(folder: Path, name: str) -> Rows:
@@ -84,18 +68,14 @@ def _rows(folder: Path, name: str) -> Rows:
 
 def run_swarm(folder: Path, args: argparse.Namespace) -> list[Rows]:
     """Run all nodes of the swarm at one time; return the rounds of each."""
-    bootstrap = _start(folder, "bootstrap", "bootstrap", "--listen", LISTEN)
+    bootstrap = NodeProcess("bootstrap", folder, "bootstrap", "--listen", LISTEN)
     try:
-        common = [*_common(args), "--peers", _address(folder, bootstrap), "--listen", LISTEN]
+        common = [*_common(args), "--peers", _address(bootstrap), "--listen", LISTEN]
         common += ["--num-local", str(args.local), "--num-external", str(args.external)]
         names = [f"node-{seed}" for seed in range(1, args.nodes + 1)]
-        processes = {
-            name: _start(folder, name, "join", *common, "--seed", str(seed)) for seed, name in enumerate(names, 1)
-        }
-        _wait(folder, processes)
+        _wait([NodeProcess(name, folder, "join", *common, "--seed", str(seed)) for seed, name in enumerate(names, 1)])
     finally:
-        bootstrap.terminate()
-        bootstrap.wait(30)
+        end_all([bootstrap])
     return [_rows(folder, name) for name in names]
 
 
@@ -104,20 +84,9 @@ def run_silos(folder: Path, args: argparse.Namespace, arm: str, num_local: int) 
     num_cores = len(hardware_cores())
     names = [f"{arm}-{seed}" for seed in range(1, args.nodes + 1)]
     for first in range(0, args.nodes, num_cores):
-        processes = {
-            name: _start(
-                folder,
-                name,
-                "silo",
-                *_common(args),
-                "--seed",
-                name.rpartition("-")[2],
-                "--set",
-                f"sapo.num_local={num_local}",
-            )
-            for name in names[first : first + num_cores]
-        }
-        _wait(folder, processes)
+        common = [*_common(args), "--set", f"sapo.num_local={num_local}"]
+        some = names[first : first + num_cores]
+        _wait([NodeProcess(name, folder, "silo", *common, "--seed", name.rpartition("-")[2]) for name in some])
     return [_rows(folder, name) for name in names]
 
 
