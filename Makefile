@@ -43,7 +43,7 @@ test: lint ## lint, type-check, and run all tests with coverage
 	$(pytest) -n logical --maxprocesses 4 --dist loadfile --durations 15 -m 'not soak and not alone' --cov --cov-report=
 	$(pytest) -m alone --cov --cov-append --cov-report=term:skip-covered
 
-soak: setup ## run the long survival tests, with their figures (many minutes)
+soak: setup ## run the long survival tests, with the figures of docs/results/survival.md (about an hour)
 	$(pytest) -m soak -rA --timeout 7200
 
 lint: setup ## ruff, mypy and the order of the layers
