@@ -127,15 +127,22 @@ class Directory:
         source = self._rng.choice(sorted(source for source in by_source if used_sources[source] == fewest))
         return self._rng.choice(by_source[source]), source
 
-    def tell(self, num_nodes: int, now_s: float, *, exclude: str) -> list[NodeRecord]:
-        """Draw records for a peer that asks who is there: of nodes that were reached, or whose record is fresh."""
+    def tell(self, num_nodes: int, now_s: float, *, exclude: str, near: Collection[str]) -> list[NodeRecord]:
+        """Draw records for a peer that asks who is there: of nodes that were reached, or whose record is fresh.
+
+        Half of them are of `near` ones, the node's neighbours: a few that it has tried say more than many that others
+        have told of, who may have filled the table with themselves.
+        """
         horizon_ms = (now_s - MAX_TOLD_AGE_S) * 1000
         worth = [
             known.record
             for node_id, known in self._nodes.items()
             if node_id != exclude and known.record.created_at_ms >= horizon_ms and not known.num_failures
         ]
-        return self._rng.sample(worth, min(num_nodes, len(worth)))
+        self._rng.shuffle(worth)
+        tried = [record for record in worth if record.node_id in near][: -(-num_nodes // 2)]
+        told = {record.node_id for record in tried}
+        return tried + [record for record in worth if record.node_id not in told][: num_nodes - len(tried)]
 
     def worth_remembering(self, num_nodes: int) -> list[NodeRecord]:
         """The records to keep on disk: of nodes that were reached last, then those heard of last."""

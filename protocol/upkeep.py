@@ -19,7 +19,7 @@ from protocol.directory import MAX_TOLD_AGE_S, Directory
 from protocol.limits import MAX_PEERS_RESPONSE_BYTES, MAX_SMALL_REQUEST_BYTES
 from protocol.local import Local
 from protocol.messages import NodeRecord
-from protocol.neighbours import GREET_AGAIN_S, Neighbours
+from protocol.neighbours import GREET_AGAIN_S, Neighbour, Neighbours
 from protocol.own_record import OwnRecord
 from protocol.pool import Pool
 from protocol.quota import Quotas
@@ -70,7 +70,8 @@ class Upkeep:
         self._own_record, self._announcements, self._store, self._pool = own_record, announcements, store, pool
         self._answers = Quotas(0.5, 8, 1024)
         self._linked = asyncio.Event()  # there is, or was, a neighbour
-        neighbours.on_link.append(lambda link: self._linked.set())
+        self._not_asked: list[str] = []  # neighbours that were not asked whom they know, since they became that
+        neighbours.on_link.append(self._note_link)
         self.num_holders = 0  # nodes that hold the own record, as the DHT says
         local.transport.handle("peers", self._handle_peers, max_request_bytes=MAX_SMALL_REQUEST_BYTES)
 
@@ -115,8 +116,12 @@ class Upkeep:
         while True:
             await asyncio.sleep(_ASK_S[0] * rng.uniform(0.8, 1.2))
             now_s, lonely = local.clock(), not self._neighbours.ids
-            if now_s >= ask_at_s and not lonely:
-                num_new = await self._ask(rng.choice(list(self._neighbours.ids)))
+            # Each is asked at least once: whoever has filled most places beside this node must not be all that is.
+            self._not_asked = [node_id for node_id in self._not_asked if node_id in self._neighbours.ids]
+            if self._not_asked or (now_s >= ask_at_s and not lonely):
+                num_new = await self._ask(
+                    self._not_asked.pop(0) if self._not_asked else rng.choice(list(self._neighbours.ids))
+                )
                 many = len(self._directory) >= MANY_NODES
                 ask_s = _next_pause_s(ask_s, _ASK_S, often=num_new > 0 and not many, seldom=many)
                 ask_at_s = now_s + ask_s * rng.uniform(0.5, 1.5)
@@ -129,6 +134,10 @@ class Upkeep:
             for link in self._neighbours.outbound():
                 if now_s - link.greeted_at_s > GREET_AGAIN_S:
                     await self._neighbours.greet_again(link)
+
+    def _note_link(self, link: Neighbour) -> None:
+        self._linked.set()
+        self._not_asked.append(link.node_id)
 
     async def _forget_loop(self) -> None:
         """Drop what is too old, so that memory stays flat. Ends with the member."""
@@ -202,7 +211,7 @@ class Upkeep:
             request = decode_peers_request(payload)
         except Refusal as refusal:
             raise local.refuse_malformed(refusal, asker) from None
-        records = self._directory.tell(request.max_records, now_s, exclude=asker)
+        records = self._directory.tell(request.max_records, now_s, exclude=asker, near=self._neighbours.ids)
         return encode_peers_response(PeersResponse(tuple(record.encoded for record in records)))
 
 

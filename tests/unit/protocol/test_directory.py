@@ -77,10 +77,10 @@ def test_nodes_that_fail_are_tried_again_ever_later_and_then_forgotten():
             directory.failed(node_id, 10)
     assert "a" not in directory
     assert "b" in directory  # what is on disk may be all that there is
-    assert directory.tell(9, 10, exclude="") == []
+    assert directory.tell(9, 10, exclude="", near=()) == []
     directory.reached("b", 20)
-    assert [r.node_id for r in directory.tell(9, 20, exclude="")] == ["b"]
-    assert directory.tell(9, 20, exclude="b") == []
+    assert [r.node_id for r in directory.tell(9, 20, exclude="", near=())] == ["b"]
+    assert directory.tell(9, 20, exclude="b", near=()) == []
 
 
 def test_what_nobody_has_heard_of_for_long_is_forgotten():
@@ -99,3 +99,15 @@ def test_those_reached_last_are_remembered_first():
     for number in (3, 7):
         directory.reached(f"node {number}", 1000 + number)
     assert [r.node_id for r in directory.worth_remembering(2)] == ["node 7", "node 3"]
+
+
+def test_half_of_what_is_told_are_the_nodes_own_neighbours():
+    directory = Directory(max_nodes=1000, own_id="me", rng=random.Random(0))
+    for number in range(200):
+        directory.add(record(f"crowd {number}", 10), "teller", 10)
+    for name in ("a", "b", "c", "d", "e"):
+        directory.add(record(name, 10), name, 10)
+    told = [r.node_id for r in directory.tell(8, 20, exclude="a", near={"a", "b", "c", "d", "e"})]
+    assert set(told[:4]) == {"b", "c", "d", "e"}
+    assert len(told) == len(set(told)) == 8
+    assert len(directory.tell(64, 20, exclude="a", near={"b"})) == 64
