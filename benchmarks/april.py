@@ -307,8 +307,11 @@ _LEARNING = """
 [tasks]
 answer = ["whole_text"]
 [[tasks.sources]]
+name = "chain_sum"
+config = {min_terms = 2, max_terms = 2, min_digits = 1, max_digits = 2}
+[[tasks.sources]]
 name = "spell_backward"
-config = {min_word_len = 3, max_word_len = 12}
+config = {min_word_len = 3, max_word_len = 6}
 [rollout]
 max_new_tokens = 48
 [evaluation]
