@@ -194,6 +194,8 @@ def throughput(
         settings |= {
             f"verify x2, learning rate {r:g}": (base.model_copy(update={"over_provision": 2.0}), r) for r in _RATES
         }
+        four_times = base.model_copy(update={"over_provision": 4.0})
+        settings[f"verify x4, learning rate {_RATES[0]:g}"] = four_times, _RATES[0]
         settings[f"verify, adaptive, learning rate {_RATES[0]:g}"] = base, _RATES[0]
         sides = {
             name: _side(policy, config, tasks, length=tail_length, learning_rate=rate)
@@ -208,7 +210,8 @@ def throughput(
         figures[workload] = found
         best = max(one["times_as_fast_as_synchronous"] for name, one in found.items() if name.startswith("keep x"))
         bars.append(Bar(f"tiny, {workload}: kept tokens, best fixed factor, against synchronous", best, _GAIN))
-        for name in ("keep, adaptive", f"verify x2, learning rate {_RATES[0]:g}"):
+        verified = f"learning rate {_RATES[0]:g}"
+        for name in ("keep, adaptive", f"verify x4, {verified}", f"verify, adaptive, {verified}"):
             value = found[name]["times_as_fast_as_synchronous"]
             bars.append(Bar(f"tiny, {workload}: {name}, against synchronous", value, _GAIN))
         idle = found["synchronous"]["idle_slot_share"] - found["keep x3"]["idle_slot_share"]
