@@ -16,6 +16,7 @@ import click
 
 from node.cli_swarm import add_commands
 from node.experiment.cli import experiment
+from node.heap import limit_arenas
 from node.openmp import choose_waiting
 from node.options import RUNS, in_run_folder, layers_of, with_run, with_settings
 
@@ -228,4 +229,5 @@ def _fail(message: str, status: int) -> int:
 def main() -> None:
     """Entry point of `swarm-node`."""
     choose_waiting()
+    limit_arenas()
     sys.exit(run(sys.argv[1:]))

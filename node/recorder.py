@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from node.heap import give_back
 from node.interrupt import Interrupted
 from node.metrics import MetricsFile, read_rows
 from node.run_folder import RunFolder
@@ -192,6 +193,7 @@ class Recorder:
         self._last_checkpoint_at = self._clock()
         self._last_checkpoint_round = checkpoint.round_index
         self._write_s = self._last_checkpoint_at - begin
+        give_back()  # now and then, and beside the round
 
 
 def _described(checkpoint: Checkpoint | None) -> str:
