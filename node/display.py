@@ -11,7 +11,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TextIO
 
-__all__ = ["Display", "JsonDisplay", "PlainDisplay", "Progress", "RunInfo", "duration", "from_others", "partial_rollouts"]
+__all__ = [
+    "Display",
+    "JsonDisplay",
+    "PlainDisplay",
+    "Progress",
+    "RunInfo",
+    "duration",
+    "from_others",
+    "partial_rollouts",
+]
 
 _ETA_ROUNDS = 50
 _LEAST_INTERVAL_S = 2.0
