@@ -18,9 +18,9 @@ node through a random one that is there; then some rounds warm up, and the rest 
 
 What thousands of nodes share because they are in one process, and would not share if they were not: the signature of
 a record in the DHT is verified when the first of them reads it, and not again by the next, nor where the same bytes
-come in a greeting (announcements and what a neighbour tells are verified by every node); a group's frame is compressed once, before the
-simulation. The garbage collector is off: it would look at every object of every node again and again, which is a cost
-of simulating and not of a node; without it memory grows no faster.
+come in a greeting (announcements and what a neighbour tells are verified by every node); a group's frame is
+compressed once, before the simulation. The garbage collector is off: it would look at every object of every node again
+and again, which is a cost of simulating and not of a node; without it memory grows no faster.
 """
 
 import argparse

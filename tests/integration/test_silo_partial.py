@@ -1,4 +1,4 @@
-"""A real node with partial rollouts: what it learns is what a synchronous node learns, and a kill loses nothing of it."""
+"""A real node with partial rollouts: it learns what a synchronous node learns, and a kill loses nothing of it."""
 
 import random
 import time
