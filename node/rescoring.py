@@ -86,6 +86,10 @@ class Rescorer:
         """Judge a group. Cancelling the call does not end what the thread is at."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._rescore, group)
 
+    def prepare(self) -> None:
+        """Start the scoring process now, so that it is there when the first group comes."""
+        self._thread.submit(self._prepared)
+
     async def close(self) -> None:
         """End the scoring process and the thread; a group that is being scored is dropped."""
         self._is_closing = True
@@ -95,15 +99,18 @@ class Rescorer:
         if self._parts is not None:
             self._parts[2].close()  # one that the thread was only just starting
 
+    def _prepared(self) -> "tuple[_Policy, _Tasks, _Scorer]":
+        """Runs in the thread. What it raises, the first group raises again."""
+        if self._parts is None:
+            self._parts = self._build()
+            self._parts[2].start(wait=False)
+        return self._parts
+
     def _rescore(self, group: SharedGroup) -> Rescored:
         """Runs in the thread. Cheap checks first: nothing is encoded or scored that is not wanted anyway."""
         if self._is_closing:
             return _refused("unknown_task")
-        if self._parts is None:
-            policy, tasks, scorer = self._build()
-            self._parts = policy, tasks, scorer
-            scorer.start(wait=False)
-        policy, tasks, scorer = self._parts
+        policy, tasks, scorer = self._prepared()
         try:
             task = tasks.resolve(group.task)
         except UnknownSource:
@@ -157,7 +164,7 @@ def build_rescorer(
     `build` gives other parts, and `executor` works in the place of the rescorer's thread: where nodes share both.
     """
     positions = getattr(policy.model.config.get_text_config(), "max_position_embeddings", None)
-    return Rescorer(
+    rescorer = Rescorer(
         config,
         build=build or _own_parts(config, policy),
         max_sequence_tokens=positions or 2**31,
@@ -178,3 +185,5 @@ def _own_parts(config: "RunConfig", policy: "Policy") -> "Callable[[], tuple[_Po
         return dataclasses.replace(policy, tokenizer=tokenizer), build_task_set(config.tasks, config.seed), scorer
 
     return build
+    rescorer.prepare()
+    return rescorer

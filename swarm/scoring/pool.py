@@ -49,7 +49,9 @@ class Score:
 class ScoringPool:
     """Scores completions in sandboxed processes. A context manager; one call at a time, from any thread.
 
-    `niceness` lets its processes give way to others: what somebody else waits for less must not slow the rest.
+    `niceness` lets its processes give way to others: what somebody else waits for less must not slow the rest. The
+    first ones start without it, since on a machine that is fully used they would not be ready for minutes; those that
+    replace them, because of what an answer did, start with it.
     """
 
     def __init__(
@@ -100,7 +102,7 @@ class ScoringPool:
             self._closing.clear()
             if self._folder is None:
                 self._folder = WorkFolder()
-                self._workers = [self._new_worker() for _ in range(self._scoring.num_workers)]
+                self._workers = [self._new_worker(is_first=True) for _ in range(self._scoring.num_workers)]
             try:
                 self._run(deque(), {}, until_ready=wait)
             except BaseException:
@@ -160,7 +162,7 @@ class ScoringPool:
             raise UnknownSource(f"no source {ref.source!r} with digest {ref.digest}")
         return number
 
-    def _new_worker(self) -> Worker:
+    def _new_worker(self, *, is_first: bool = False) -> Worker:
         if self._folder is None:
             raise ScoringError("the scoring pool is closed; start it first")
         return Worker(
@@ -169,6 +171,7 @@ class ScoringPool:
             program=self._program,
             wall_limit_s=self._scoring.wall_limit_s,
             niceness=self._niceness,
+            is_nice_at_start=not is_first,
         )
 
     def _run(self, todo: deque[Job], done: dict[int, Score], *, until_ready: bool = False) -> None:

@@ -51,9 +51,18 @@ class Worker:
     """One scoring process."""
 
     def __init__(
-        self, config: ChildConfig, *, folder: str, program: str, wall_limit_s: float, niceness: int = 0
+        self,
+        config: ChildConfig,
+        *,
+        folder: str,
+        program: str,
+        wall_limit_s: float,
+        niceness: int = 0,
+        is_nice_at_start: bool = True,
     ) -> None:
+        """Start it. Without `is_nice_at_start` it gives way to others only once it is ready."""
         self._wall_limit_s = wall_limit_s
+        self._niceness = niceness
         self._progress = Progress.create()
         self._errors: IO[bytes] = tempfile.TemporaryFile()
         environment = {name: os.environ[name] for name in _KEPT_ENVIRONMENT if name in os.environ} | _ENVIRONMENT
@@ -68,8 +77,8 @@ class Worker:
             start_new_session=True,
             pass_fds=(self._progress.fd,),
         )
-        if niceness:
-            os.setpriority(os.PRIO_PROCESS, self._process.pid, os.getpriority(os.PRIO_PROCESS, 0) + niceness)
+        if is_nice_at_start:
+            self._give_way()
         self._unpacker = msgpack.Unpacker(unicode_errors="surrogatepass")
         self.is_ready = False
         self.jobs: dict[int, Job] = {}  # by number: sent and not reported, in the order of the process
@@ -124,11 +133,16 @@ class Worker:
         for kind, *rest in self._unpacker:
             if kind == "ready":
                 self.is_ready = True
+                self._give_way()
             elif kind == "failed":
                 raise TaskError(rest[0])
             else:
                 results.extend((self.jobs.pop(number), reward, outcome) for number, reward, outcome in rest[0])
         return results
+
+    def _give_way(self) -> None:
+        if self._niceness and self._process.poll() is None:
+            os.setpriority(os.PRIO_PROCESS, self.pid, os.getpriority(os.PRIO_PROCESS, 0) + self._niceness)
 
     def has_news(self) -> bool:
         """Say, without waiting, whether `receive` has something to return."""

@@ -293,7 +293,10 @@ def test_processes_of_a_low_priority_give_way_to_others():
     config = TasksConfig(sources=(PRODUCTS,))
     task = build_task_set(config, seed=1).train_batch(0, 1)[0]
     own = psutil.Process().nice()
-    with ScoringPool(config, ScoringConfig(), niceness=5) as pool:
+    pool = ScoringPool(config, ScoringConfig(), niceness=5)
+    pool.start(wait=False)
+    assert [psutil.Process(pid).nice() for pid in pool.process_ids] == [own], "until it is ready"
+    with pool:
         assert [psutil.Process(pid).nice() for pid in pool.process_ids] == [own + 5]
         os.kill(*pool.process_ids, 9)
         pool.score([(task.ref, "1")])
