@@ -171,6 +171,8 @@ def build_rescorer(
         longest_token_chars=max(map(len, policy.tokenizer.get_vocab())),
         executor=executor,
     )
+    rescorer.prepare()
+    return rescorer
 
 
 def _own_parts(config: "RunConfig", policy: "Policy") -> "Callable[[], tuple[_Policy, _Tasks, _Scorer]]":
@@ -185,5 +187,3 @@ def _own_parts(config: "RunConfig", policy: "Policy") -> "Callable[[], tuple[_Po
         return dataclasses.replace(policy, tokenizer=tokenizer), build_task_set(config.tasks, config.seed), scorer
 
     return build
-    rescorer.prepare()
-    return rescorer
