@@ -23,7 +23,7 @@ class SwarmConfig(BaseModel):
 
     # What is sampled.
     reserve_groups: int = Field(
-        5, ge=0, description="unused informative groups kept ready; about 1.25 x num_external; traffic follows it"
+        5, ge=0, description="unused informative groups kept ready, more where rounds are quick; traffic follows use"
     )
     max_author_share: float = Field(
         0.25, gt=0, le=1, description="of a batch from one author, while four or more authors contribute"

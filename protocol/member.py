@@ -25,6 +25,7 @@ from protocol.announcements import Announcements
 from protocol.clock import Clock
 from protocol.clocks import ClockOffsets
 from protocol.config import SwarmConfig
+from protocol.demand import MAX_RESERVE_FACTOR
 from protocol.digests import leaf_of
 from protocol.directory import REMEMBERED, Directory
 from protocol.gossip import Gossip
@@ -105,7 +106,7 @@ class Member:
         local.on_ban.append(self.announcements.forget_author)
         self.store = FrameStore(config.max_store_bytes)
         self.pool = Pool(
-            max_groups=max(MIN_POOL_GROUPS, 2 * config.reserve_groups),
+            max_groups=max(MIN_POOL_GROUPS, MAX_RESERVE_FACTOR * config.reserve_groups),
             max_author_share=config.max_author_share,
             max_newcomer_share=config.max_newcomer_share,
             freshness_s=config.freshness_s,
@@ -223,6 +224,7 @@ class Member:
     def sample(self, num_groups: int) -> list[ExternalGroup]:
         """Draw unused groups by SAPO's rule; fewer than asked for where fewer are there. Waits for nothing."""
         local, now_s = self.local, self.local.clock()
+        self.pulling.demand.asked(num_groups, now_s)
         is_newcomer = self.pulling.is_newcomer if self.pulling.newcomers_are_capped else None
         drawn = self.pool.sample(num_groups, now_s, is_newcomer=is_newcomer)
         for entry in drawn:

@@ -1,6 +1,6 @@
 """Pull what the pool lacks, frame by frame, from whoever holds it; and give frames to whoever asks.
 
-    demand     reserve - unused groups - frames under way; nothing is pulled beyond it
+    demand     reserve (`demand`) - unused groups - frames under way; nothing is pulled beyond it
     pull       neighbours that hold the frame first, then the author, then other holders; each frame is checked
                against the announced digest before anything of it is decompressed; who sends wrong bytes pays, and
                the next holder is asked
@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 from protocol.admission import Admission
 from protocol.announcements import Announcements, LiveBatch
+from protocol.demand import Demand
 from protocol.gossip import Gossip
 from protocol.limits import MAX_PULL_REQUEST_BYTES, MAX_PULL_RESPONSE_BYTES
 from protocol.local import Local
@@ -79,6 +80,7 @@ class Pulling:
         self._local, self._announcements, self._store, self._pool = local, announcements, store, pool
         self._admission, self._neighbours, self._gossip = admission, neighbours, gossip
         config = local.config
+        self.demand = Demand(config.reserve_groups)
         self.queue = RescoreQueue(config.max_rescore_queue, config.max_rescore_share)
         self._under_way = Counter[str]()  # frames by author: asked for, or being re-scored
         self._num_pulls = 0  # that count
@@ -111,9 +113,14 @@ class Pulling:
         return self._under_way.total()
 
     @property
+    def reserve(self) -> int:
+        """How many groups are to be ready, as things are."""
+        return self.demand.reserve(self._local.clock())
+
+    @property
     def num_lacking(self) -> int:
         """How many groups the reserve lacks."""
-        return max(0, self._local.config.reserve_groups - len(self._pool) - self.num_under_way)
+        return max(0, self.reserve - len(self._pool) - self.num_under_way)
 
     @property
     def num_unknown(self) -> int:
@@ -171,7 +178,7 @@ class Pulling:
         plan = plan_pulls(
             self._announcements,
             num_frames=lacking,
-            reserve=config.reserve_groups,
+            reserve=self.reserve,
             kept=kept,
             neighbours={node_id for node_id in self._neighbours.ids if not self._is_slow(node_id)},
             is_newcomer=self.is_newcomer if self.newcomers_are_capped else None,
@@ -216,7 +223,7 @@ class Pulling:
     def _is_taking_long(self, pull: _Pull) -> None:
         """Begin others in its place, unless too much is slow already."""
         config = self._local.config
-        if self._num_slow_frames + len(pull.wanted) > MAX_SLOW_FACTOR * max(config.reserve_groups, config.num_pulls):
+        if self._num_slow_frames + len(pull.wanted) > MAX_SLOW_FACTOR * max(self.reserve, config.num_pulls):
             return
         now_s = self._local.clock()
         self._slow_until_s = {holder: s for holder, s in self._slow_until_s.items() if s > now_s}

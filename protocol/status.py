@@ -61,7 +61,7 @@ def status_of(member: "Member") -> dict[str, Any]:
         "num_rejected": local.refusals.num_rejected,
         "num_ignored": local.refusals.num_ignored,
         "pool_groups": len(member.pool),
-        "pool_reserve": local.config.reserve_groups,
+        "pool_reserve": member.pulling.reserve,
         "pool_bytes": member.pool.num_bytes,
         "pool_expired": member.pool.num_expired,
         "live_batches": len(member.announcements),
