@@ -179,6 +179,9 @@ class EngineConfig(Section):
     backend: Literal["torch"] = Field("torch", description="which engine writes rollouts")
     max_slots: int = Field(64, ge=1, description="sequences decoded at one time")
     max_seq_len: int = Field(0, ge=0, description="prompt and completion, in tokens; 0: what the run needs")
+    speculation: Literal["off", "auto", "suffix", "ngram"] = Field(
+        "off", description="exact speculative decoding; auto: where it pays; suffix, ngram: always, by this drafter"
+    )
 
 
 class ScoringConfig(Section):

@@ -61,8 +61,10 @@ class EngineStats:
     num_steps: int = 0
     num_policy_loads: int = 0
     num_slot_steps: int = 0  # decode slots that were busy, summed over steps
-    num_draft_tokens: int = 0  # tokens of drafts that were verified
+    num_draft_tokens: int = 0  # tokens of requests' drafts that were verified
     num_draft_tokens_kept: int = 0  # those that the policy draws as well
+    num_speculated_tokens: int = 0  # tokens that the engine's own drafters proposed
+    num_speculated_tokens_kept: int = 0  # likewise
 
 
 class Engine(ABC):

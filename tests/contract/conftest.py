@@ -15,6 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
 from swarm.config import EngineConfig
+from swarm.drafting.speculator import Speculator
 from swarm.engine.base import Engine
 from swarm.engine.torch import TorchEngine
 from swarm.engine.torch.generic import GenericRunner
@@ -101,11 +102,15 @@ class Kind:
     def other_model(self, seed: int) -> Any:
         return tiny_model(self.family, self.setup.dtype, seed)
 
-    def engine(self, *, max_slots: int = 4, max_seq_len: int = 96, eos: Sequence[int] = (), seed: int = 0) -> Engine:
+    def engine(
+        self, *, max_slots: int = 4, max_seq_len: int = 96, eos: Sequence[int] = (), seed: int = 0,
+        speculator: Speculator | None = None,
+    ) -> Engine:  # fmt: skip
         setup = self.setup
         engine = TorchEngine(
             self.other_model(seed), eos_token_ids=eos, config=EngineConfig(max_slots=max_slots),
             max_seq_len=max_seq_len, runner=setup.runner, record_graphs=setup.record_graphs,
+            speculator=speculator,
         )  # fmt: skip
         if setup.device_step:
             engine._decode_step = DecodeStep(engine._runner, max_slots, max_seq_len)

@@ -15,14 +15,17 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 __all__ = [
+    "Extension",
     "Rectangle",
     "attend_prefill",
     "attend_rectangles",
+    "attend_rows",
     "attend_slots",
     "attend_within",
     "length_mask",
     "position_mask",
     "rectangles",
+    "window_mask",
 ]
 
 # Without cuDNN, which plans anew for every shape: prefills rarely have one twice.
@@ -50,7 +53,7 @@ def attend_slots(
     """Attend with one query token per slot, already scaled.
 
     query: [n, num_kv_heads, group, head_dim]. keys, values: [>= n, num_kv_heads, capacity, head_dim].
-    mask: [n * num_kv_heads, 1, longest] or None. returns: [n, num_kv_heads * group * head_dim].
+    mask: [n * num_kv_heads, 1 or group, longest] or None. returns: [n, num_kv_heads * group * head_dim].
     """
     n, num_kv_heads, group, head_dim = query.shape
     keys = keys[:n, :, :longest].flatten(0, 1)  # [n * num_kv_heads, longest, head_dim], a view
@@ -79,7 +82,7 @@ def attend_within(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
     """Attend with one query token per slot, already scaled, by the fused kernel.
 
     query: [n, num_kv_heads, group, head_dim]. keys, values: [>= n, num_kv_heads, capacity, head_dim].
-    mask: [n, 1, 1, longest]. returns: [n, num_kv_heads * group * head_dim].
+    mask: [n, 1, 1 or group, longest]. returns: [n, num_kv_heads * group * head_dim].
     """
     n, num_kv_heads, group, _ = query.shape
     longest = mask.shape[-1]
@@ -88,6 +91,64 @@ def attend_within(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
         attn_mask=mask.expand(n, num_kv_heads, group, longest), scale=1.0,
     )  # fmt: skip
     return attended.reshape(n, -1)
+
+
+class Extension:
+    """Several new tokens of each slot: where they lie in a rectangle of slots, and what each of them attends to."""
+
+    def __init__(self, counts: Sequence[int], lengths: Sequence[int], device: torch.device) -> None:
+        """counts: of each slot, at least 1. lengths: positions that each slot holds before them."""
+        num, had = torch.tensor(counts), torch.tensor(lengths)
+        self.num_slots, self.num_new, self.longest = len(counts), max(counts), int((num + had).max())
+        slots = torch.arange(len(counts)).repeat_interleave(num)  # [num_tokens]
+        ahead = torch.arange(len(slots)) - (num.cumsum(0) - num)[slots]
+        limits = torch.ones(self.num_slots * self.num_new, dtype=torch.int64)  # what is padding attends to something
+        limits[slots * self.num_new + ahead] = had[slots] + ahead + 1
+        self.slots, self.positions = slots.to(device), (had[slots] + ahead).to(device)
+        self.places = (slots * self.num_new + ahead).to(device)  # [num_tokens], of num_slots * num_new
+        self.limits = limits.view(self.num_slots, self.num_new).to(device)
+
+    def attend(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Attend with scaled queries. query: [num_tokens, num_kv_heads, group, head_dim].
+
+        keys, values: [>= num_slots, num_kv_heads, capacity, head_dim]. mask: `window_mask` of the limits.
+        returns: [num_tokens, num_kv_heads * group * head_dim].
+        """
+        num_kv_heads, group, head_dim = query.shape[1:]
+        rectangle = query.new_zeros(self.num_slots * self.num_new, num_kv_heads, group, head_dim)
+        rectangle[self.places] = query
+        rows = rectangle.view(self.num_slots, self.num_new, num_kv_heads, group, head_dim).permute(0, 2, 3, 1, 4)
+        return attend_rows(rows, keys, values, mask).flatten(0, 1)[self.places]
+
+
+def window_mask(limits: torch.Tensor, group: int, longest: int, dtype: torch.dtype, window: int = 0) -> torch.Tensor:
+    """Return what to add to the scores of several queries per slot. limits: [n, num_new], positions to attend to.
+
+    window: only the last so many of them; 0: all. returns: [n, 1, group * num_new, longest].
+    """
+    position = torch.arange(longest, device=limits.device)
+    outside = position >= limits[:, :, None]
+    if window:
+        outside |= position < limits[:, :, None] - window
+    mask = torch.zeros(outside.shape, device=limits.device, dtype=dtype).masked_fill_(outside, -torch.inf)
+    return mask[:, None].expand(-1, group, -1, -1).flatten(1, 2)[:, None]
+
+
+def attend_rows(rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Attend with several scaled queries per slot. rows: [n, num_kv_heads, group, num_new, head_dim].
+
+    keys, values: [>= n, num_kv_heads, capacity, head_dim]. mask: [n, 1, group * num_new, longest].
+    returns: [n, num_new, num_kv_heads * group * head_dim].
+    """
+    n, num_kv_heads, group, num_new, head_dim = rows.shape
+    query = rows.flatten(2, 3)
+    if query.device.type == "cpu":
+        wide = mask.expand(n, num_kv_heads, -1, -1).flatten(0, 1)
+        attended = attend_slots(query, keys, values, mask.shape[-1], wide)
+    else:
+        attended = attend_within(query, keys, values, mask)
+    heads = attended.view(n, num_kv_heads * group, num_new, head_dim)
+    return heads.transpose(1, 2).flatten(2)
 
 
 @dataclass(frozen=True, slots=True)

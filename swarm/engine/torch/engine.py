@@ -1,7 +1,7 @@
 """The torch engine: continuous batching over slots of a KV cache, with counter-based sampling.
 
     step = admit waiting requests (prefill each prompt once, verify drafts) · draw their first token · decode one
-           token of all
+           token of all, or verify what drafters propose for them
 
 What it is made of: `runner` runs the model, `sampling` draws tokens, `slots` holds what is running, and off
 the CPU `graphs` records what a step does. It exists because no library gives batched speculation, partial
@@ -16,6 +16,8 @@ import numpy as np
 import torch
 
 from swarm.config import EngineConfig
+from swarm.drafting.base import SequenceState
+from swarm.drafting.speculator import Speculator, make_speculator
 from swarm.engine.base import Engine, EngineStats, Request
 from swarm.engine.torch.generic import GenericRunner
 from swarm.engine.torch.graphs import DecodeStep
@@ -47,11 +49,13 @@ class TorchEngine(Engine):
         max_seq_len: int = 0,
         runner: type[ModelRunner] | None = None,
         record_graphs: bool = True,
+        speculator: Speculator | None = None,
     ) -> None:
         """max_seq_len: prompt and completion, in tokens; 0 takes the config's, or the model's limit.
 
         runner: what runs the model; None takes the first that supports it.
         record_graphs: whether to record decode steps as graphs on a device that has them.
+        speculator: what drafts; None: what the config names.
         """
         kinds = (NativeRunner, LlamaRunner, GenericRunner) if runner is None else (runner,)
         kind = next((kind for kind in kinds if kind.supports(model)), None)
@@ -70,6 +74,7 @@ class TorchEngine(Engine):
                 self._decode_step = DecodeStep(self._runner, config.max_slots, self.max_seq_len, record=record_graphs)
             else:
                 self.step_cost_tokens = _CPU_STEP_COST_TOKENS
+        self.speculator = speculator or make_speculator(config.speculation)
         self._waiting: deque[Running] = deque()
         self._shapes = _shapes(model.state_dict())
         self._version = 0
@@ -123,20 +128,70 @@ class TorchEngine(Engine):
 
     @torch.inference_mode()
     def step(self) -> list[Completion]:
-        """Admit, then decode one token of every running request; see Engine."""
+        """Admit, then decode every running request: one token, or more where drafts are kept; see Engine."""
         done = self._admit() if self._waiting and self._slots.num_free else []
-        slots, n = self._slots, len(self._slots)
+        n, before = len(self._slots), self.stats.num_tokens_generated
         if n:
-            if self._decode_step is not None:
-                tokens, logprobs = self._decode_step(slots)
-            else:
-                hidden = self._runner.decode(torch.from_numpy(slots.last_tokens[:n]), slots.cached[:n].tolist())
-                tokens, logprobs = self._draw(self._runner.logits(hidden), slice(0, n))
-            slots.cached[:n] += 1
-            done += self._append(slice(0, n), tokens, logprobs)
+            speculator = self.speculator
+            states = self._states() if speculator is not None and speculator.begin(n) else []
+            drafts = speculator.propose(states) if speculator is not None and states else []
+            finished = self._decode_drafts(states, drafts) if any(drafts) else self._decode()
+            if speculator is not None:
+                speculator.end(n, self.stats.num_tokens_generated - before)
+            done += self._finish(finished)
             self.stats.num_steps += 1
             self.stats.num_slot_steps += n
         return done
+
+    def _decode(self) -> Sequence[tuple[Running, FinishReason]]:
+        """Decode one token of every slot; return those that have finished."""
+        slots, n = self._slots, len(self._slots)
+        if self._decode_step is not None:
+            tokens, logprobs = self._decode_step(slots)
+        else:
+            hidden = self._runner.decode(torch.from_numpy(slots.last_tokens[:n]), slots.cached[:n].tolist())
+            tokens, logprobs = self._draw(self._runner.logits(hidden), slice(0, n))
+        slots.cached[:n] += 1
+        self.stats.num_tokens_generated += n
+        return slots.append(slice(0, n), tokens, logprobs)
+
+    def _states(self) -> list[SequenceState]:
+        """Return what drafters are to know of each slot."""
+        slots, states = self._slots, []
+        assert self.speculator is not None
+        for running in slots:
+            state = self.speculator.state_of(running.request.request_id, running.request.prompt_ids)
+            state.append(slots.written(running.slot, state.num_written))
+            state.room = slots.room(running.slot)
+            states.append(state)
+        return states
+
+    def _decode_drafts(
+        self, states: Sequence[SequenceState], drafts: Sequence[Sequence[int]]
+    ) -> Sequence[tuple[Running, FinishReason]]:
+        """Verify a draft, maybe empty, for every slot in one forward pass; return those that have finished."""
+        slots, members = self._slots, list(self._slots)
+        flat: list[int] = []
+        for state, draft, last in zip(states, drafts, slots.last_tokens[: len(members)].tolist(), strict=True):
+            if len(draft) > state.room or min(draft, default=0) < 0 or max(draft, default=0) >= self._runner.vocab_size:
+                raise ValueError(f"a drafter proposes {list(draft)}, where {state.room} tokens of the vocabulary fit")
+            flat += [last, *draft]
+        num_drawn = [len(draft) + 1 for draft in drafts]
+        hidden = self._runner.extend(
+            torch.tensor(flat, device=self._runner.device), num_drawn, slots.cached[: len(members)].tolist()
+        )
+        starts = (np.cumsum(num_drawn) - num_drawn).tolist()
+        finished: list[tuple[Running, FinishReason]] = []
+        outcome = self._verify(hidden, list(zip(members, drafts, starts, strict=True)))
+        for running, state, draft, (gained, kept, reason) in zip(members, states, drafts, outcome, strict=True):
+            self.stats.num_speculated_tokens += len(draft)
+            self.stats.num_speculated_tokens_kept += kept
+            self.stats.num_tokens_generated += gained
+            if self.speculator is not None:
+                self.speculator.verified(state, draft, kept)
+            if reason is not None:
+                finished.append((running, reason))
+        return finished
 
     def _admit(self) -> list[Completion]:
         """Move requests from the queue into slots and draw their first new token."""
@@ -165,42 +220,58 @@ class TorchEngine(Engine):
                 self._runner.copy_prefix(group[0].slot, [running.slot for running in group[1:]], len(sequence))
         self.stats.num_tokens_prefilled += num_tokens
         if max(num_drawn) > 1:
-            return self._verify(hidden, num_drawn, list(admitted.values()))
+            return self._take_drafts(hidden, num_drawn, list(admitted.values()))
         where = np.array([running.slot for group in admitted.values() for running in group])
         order = [row for row, group in enumerate(admitted.values()) for _ in group]
         logits = self._runner.logits(hidden)[torch.tensor(order, device=hidden.device)]
         return self._append(where, *self._draw(logits, where))
 
-    def _verify(
+    def _take_drafts(
         self, hidden: torch.Tensor, num_drawn: Sequence[int], groups: Sequence[Sequence[Running]]
     ) -> list[Completion]:
-        """Draw every token along the drafts of slots that were just filled, and keep what is equal.
+        """Verify the drafts of slots that were just filled.
 
         hidden: [sum(num_drawn), hidden], what each group of requests with one sequence draws from.
         """
-        starts = np.cumsum([0, *num_drawn])
-        members = [(running, start, num) for group, start, num in zip(groups, starts, num_drawn, strict=False)
+        starts = (np.cumsum(num_drawn) - num_drawn).tolist()
+        drafted = [(running, running.request.draft, start) for group, start in zip(groups, starts, strict=True)
                    for running in group]  # fmt: skip
-        sources = np.concatenate([np.arange(start, start + num) for _, start, num in members])  # [num_rows]
-        ahead = np.concatenate([np.arange(num) for _, _, num in members])
-        where = np.repeat([running.slot for running, _, _ in members], [num for _, _, num in members])
+        finished: list[tuple[Running, FinishReason]] = []
+        for (running, draft, _), (gained, kept, reason) in zip(drafted, self._verify(hidden, drafted), strict=True):
+            self.stats.num_draft_tokens += len(draft)
+            self.stats.num_draft_tokens_kept += kept
+            self.stats.num_tokens_generated += gained - kept
+            if self.speculator is not None and kept < len(draft):  # what an older policy went on with is worth knowing
+                partial = running.request.partial
+                self.speculator.learn(running.request.prompt_ids, (partial.token_ids if partial else ()) + draft)
+            if reason is not None:
+                finished.append((running, reason))
+        return self._finish(finished)
+
+    def _verify(
+        self, hidden: torch.Tensor, drafted: Sequence[tuple[Running, Sequence[int], int]]
+    ) -> list[tuple[int, int, FinishReason | None]]:
+        """Draw every token along drafts, and keep what is equal, and the first own token.
+
+        hidden: [num_rows, hidden]. drafted: who has a draft, the draft, and its first row of `hidden`. Returns for each
+        of them how many tokens it gained, how many of these are the draft's, and why it has finished, if it has.
+        """
+        nums = [len(draft) + 1 for _, draft, _ in drafted]
+        sources = np.concatenate([np.arange(at, at + num) for (_, _, at), num in zip(drafted, nums, strict=True)])
+        ahead = np.concatenate([np.arange(num) for num in nums])
+        where = np.repeat([running.slot for running, _, _ in drafted], nums)
         parts = []
         for first in range(0, len(sources), _DRAWN_ROWS):
             rows = slice(first, first + _DRAWN_ROWS)
             source = torch.from_numpy(sources[rows]).to(hidden.device)
             parts.append(self._draw(self._runner.logits(hidden[source]), where[rows], ahead[rows]))
         tokens, logprobs = (np.concatenate(part) for part in zip(*parts, strict=True))
-        finished: list[tuple[Running, FinishReason]] = []
-        ends = np.cumsum([num for _, _, num in members])
-        for (running, _, num), end in zip(members, ends, strict=True):
+        outcome: list[tuple[int, int, FinishReason | None]] = []
+        for (running, draft, _), num, end in zip(drafted, nums, np.cumsum(nums).tolist(), strict=True):
             before = int(self._slots.generated[running.slot])
-            kept, reason = self._slots.verify(running, tokens[end - num : end], logprobs[end - num : end])
-            self.stats.num_draft_tokens += num - 1
-            self.stats.num_draft_tokens_kept += kept
-            self.stats.num_tokens_generated += int(self._slots.generated[running.slot]) - before - kept
-            if reason is not None:
-                finished.append((running, reason))
-        return self._finish(finished)
+            kept, reason = self._slots.verify(running, draft, tokens[end - num : end], logprobs[end - num : end])
+            outcome.append((int(self._slots.generated[running.slot]) - before, kept, reason))
+        return outcome
 
     def _draw(
         self, logits: torch.Tensor, rows: slice | np.ndarray, ahead: np.ndarray | int = 0
@@ -226,6 +297,9 @@ class TorchEngine(Engine):
         """Free slots, keeping the occupied ones dense, and return what they hold."""
         slots = self._slots
         completions = [slots.completion(running, reason) for running, reason in finished]
+        if self.speculator is not None:
+            for (running, _), completion in zip(finished, completions, strict=True):
+                self.speculator.observe(completion.request_id, running.request.prompt_ids, completion.token_ids)
         # from the last slot on: what fills a gap is then never about to leave itself
         for running in sorted((running for running, _ in finished), key=lambda running: -running.slot):
             last = len(slots) - 1
@@ -263,6 +337,8 @@ class TorchEngine(Engine):
         self._waiting.extendleft(reversed(interrupted))
         self._runner.load(state)
         self._version = version
+        if self.speculator is not None:
+            self.speculator.policy_changed(version)
         self.stats.num_policy_loads += 1
 
     def close(self) -> None:

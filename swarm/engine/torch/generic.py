@@ -18,7 +18,15 @@ import transformers
 from torch import nn
 from torch.nn import functional
 
-from swarm.engine.torch.attention import attend_slots, attend_within, length_mask, position_mask
+from swarm.engine.torch.attention import (
+    Extension,
+    attend_rows,
+    attend_slots,
+    attend_within,
+    length_mask,
+    position_mask,
+    window_mask,
+)
 from swarm.engine.torch.linear import PackedLinear, can_pack
 from swarm.engine.torch.runner import ModelRunner
 from swarm.errors import ModelError
@@ -44,7 +52,16 @@ class _Pass:
         """
         self.slots, self.positions, self.longest, self.lengths = slots, positions, longest, lengths
         self.decoding = False
-        self.masks: dict[tuple[int, int], torch.Tensor | None] = {}  # (num_kv_heads, window) -> decode mask
+        self.masks: dict[tuple[int, int], torch.Tensor | None] = {}  # (num_kv_heads or -group, window) -> decode mask
+
+    def wide_mask(self, group: int, window: int, dtype: torch.dtype) -> torch.Tensor:
+        """Return what to add to the scores of several new tokens of each slot; made once likewise."""
+        key = (-group, window)
+        if key not in self.masks:
+            self.masks[key] = window_mask(self.positions + 1, group, self.longest, dtype, window)
+        mask = self.masks[key]
+        assert mask is not None
+        return mask
 
     def mask(self, num_kv_heads: int, window: int, dtype: torch.dtype) -> torch.Tensor | None:
         """Return what to add to the scores of a decode step; made once for all layers of one kind."""
@@ -137,6 +154,11 @@ def _attend(
         return out.transpose(1, 2), None
     side = cache.side(int(module.layer_idx), keys)  # type: ignore[arg-type]
     num_kv_heads = keys.shape[1]
+    if query.shape[2] > 1:
+        rows = (query.to(side.dtype) * scale).unflatten(1, (num_kv_heads, -1))  # [batch, kv heads, group, num_new, dim]
+        mask = current.wide_mask(rows.shape[2], sliding_window or 0, side.dtype)
+        attended = attend_rows(rows, side[0], side[1], mask)
+        return attended.to(query.dtype).unflatten(2, (query.shape[1], -1)), None
     mask = current.mask(num_kv_heads, sliding_window or 0, side.dtype)
     scaled = (query[:, :, 0].to(side.dtype) * scale).unflatten(1, (num_kv_heads, -1))
     if current.lengths is None and mask is not None:
@@ -198,10 +220,12 @@ class GenericRunner(ModelRunner):
             self._compare(tokens, expected)
 
     def _compare(self, tokens: list[int], expected: torch.Tensor) -> None:
-        """Raise ModelError unless prefill and decode give the logits of the untouched model. expected: [2, vocab]."""
+        """Raise ModelError unless all ways give the logits of the untouched model. expected: [2, vocab]."""
         first = self.prefill([tokens[:-1]], [0])
         last = self.decode(torch.tensor(tokens[-1:], device=self.device), [len(tokens) - 1])
-        error = (torch.cat([first, last]).float() - expected.float()).abs().mean()
+        both = self.extend(torch.tensor(tokens[-2:], device=self.device), [2], [len(tokens) - 2])
+        wanted = expected.float()
+        error = max((rows.float() - wanted).abs().mean() for rows in (torch.cat([first, last]), both))
         if not error <= _TOLERANCE.get(expected.dtype, _TOLERANCE_HALF) * expected.float().abs().mean():
             name = type(self._model).__name__
             raise ModelError(f"the torch engine does not compute what {name} computes; choose another --model")
@@ -247,6 +271,17 @@ class GenericRunner(ModelRunner):
         """Append one token to each slot; see ModelRunner."""
         positions, longest = torch.tensor(lengths, device=self.device), max(lengths) + 1
         return self._decode(tokens, positions, longest, lengths if self.device.type == "cpu" else None)
+
+    def extend(self, tokens: torch.Tensor, counts: Sequence[int], lengths: Sequence[int]) -> torch.Tensor:
+        """Append several tokens to each slot, the last one again where others have more; see ModelRunner."""
+        new = Extension(counts, lengths, self.device)
+        ends = torch.tensor(counts, device=self.device)
+        last = (ends - 1)[:, None].minimum(torch.arange(new.num_new, device=self.device))  # [n, num_new]
+        rows = (ends.cumsum(0) - ends)[:, None] + last
+        slots = torch.arange(new.num_slots, device=self.device)
+        current = _Pass(slots, new.positions[rows], new.longest, None)
+        logits = self._forward(tokens[rows], current, decoding=True, num_last=new.num_new)
+        return logits.flatten(0, 1)[new.places]
 
     def decode_within(self, tokens: torch.Tensor, lengths: torch.Tensor, longest: int) -> torch.Tensor:
         """Append one token to each slot, recordably where the model's own code is; see ModelRunner."""

@@ -18,6 +18,7 @@ import torch
 from torch.nn import functional
 
 from swarm.engine.torch.attention import (
+    Extension,
     attend_prefill,
     attend_rectangles,
     attend_slots,
@@ -25,6 +26,7 @@ from swarm.engine.torch.attention import (
     length_mask,
     position_mask,
     rectangles,
+    window_mask,
 )
 from swarm.engine.torch.linear import PackedLinear
 from swarm.engine.torch.runner import ModelRunner, last_rows
@@ -237,12 +239,15 @@ class LlamaRunner(ModelRunner):
         tokens: torch.Tensor,
         positions: torch.Tensor,
         attend: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        slots: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """tokens, positions: int64 [n]. attend: from scaled queries and a layer's cache to [n, heads * head_dim]."""
-        n = len(tokens)
+        """tokens, positions: int64 [n]. attend: from scaled queries and a layer's cache to [n, heads * head_dim].
+
+        slots: int64 [n], which each token extends; None: each its own.
+        """
         rotation = self._rotation[positions][:, None] * self._head_scale  # [n, rotated heads, head_dim / 2]
-        slots = torch.arange(n, device=self.device) * self._slot_stride
-        rows = (slots + positions)[:, None] + self._head_rows  # [n, 2 * num_kv_heads]
+        slots = torch.arange(len(tokens), device=self.device) if slots is None else slots
+        rows = (slots * self._slot_stride + positions)[:, None] + self._head_rows  # [n, 2 * num_kv_heads]
         group = self.num_heads // self.num_kv_heads
         hidden = self.embedding[tokens]  # [n, hidden]
         for layer, cache in zip(self._layers, self.cache, strict=True):
@@ -252,6 +257,14 @@ class LlamaRunner(ModelRunner):
             hidden = layer.out.plus(attend(query, cache).to(self.dtype), hidden)
             hidden = self._feed_forward(layer, hidden)
         return torch.rms_norm(hidden, hidden.shape[-1:], self.final_norm, self.epsilon)
+
+    def extend(self, tokens: torch.Tensor, counts: Sequence[int], lengths: Sequence[int]) -> torch.Tensor:
+        """Append several tokens to each slot; see ModelRunner."""
+        new = Extension(counts, lengths, self.device)
+        mask = window_mask(new.limits, self.num_heads // self.num_kv_heads, new.longest, self.cache_dtype)
+        return self._decode(
+            tokens, new.positions, lambda query, cache: new.attend(query, cache[0], cache[1], mask), new.slots
+        )
 
     def prefill(
         self, sequences: Sequence[Sequence[int]], slots: Sequence[int], num_last: Sequence[int] | None = None

@@ -190,6 +190,12 @@ class NativeRunner(ModelRunner):
         """Append one token to each slot; see ModelRunner."""
         return self._forward(tokens, self._places[: len(lengths)], torch.tensor(lengths))
 
+    def extend(self, tokens: torch.Tensor, counts: Sequence[int], lengths: Sequence[int]) -> torch.Tensor:
+        """Append several tokens to each slot; see ModelRunner."""
+        repeats = torch.tensor(counts)
+        positions = torch.cat([torch.arange(at, at + num) for at, num in zip(lengths, counts, strict=True)])
+        return self._forward(tokens, self._places[: len(counts)].repeat_interleave(repeats), positions)
+
     def prefill(
         self, sequences: Sequence[Sequence[int]], slots: Sequence[int], num_last: Sequence[int] | None = None
     ) -> torch.Tensor:

@@ -59,6 +59,14 @@ class ModelRunner(ABC):
         tokens: int64 [n]. lengths: tokens that each slot holds before this one. returns: [n, hidden].
         """
 
+    @abstractmethod
+    def extend(self, tokens: torch.Tensor, counts: Sequence[int], lengths: Sequence[int]) -> torch.Tensor:
+        """Append several tokens to each of the slots 0 to n - 1 and return the states after each, for `logits`.
+
+        tokens: int64 [sum(counts)], slot after slot. counts: of each slot, at least 1. lengths: as for `decode`.
+        returns: [sum(counts), hidden], those that `decode` gives token by token.
+        """
+
     def decode_within(self, tokens: torch.Tensor, lengths: torch.Tensor, longest: int) -> torch.Tensor:
         """Like `decode`, with lengths that lie on the device, each less than `longest`.
 

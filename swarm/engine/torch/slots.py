@@ -128,16 +128,25 @@ class Slots:
         ends = np.isin(request.draft, self._eos).nonzero()[0]
         return replace(request, draft=request.draft[: ends[0] + 1]) if len(ends) else request
 
+    def written(self, slot: int, start: int) -> list[int]:
+        """Return the tokens of a completion from `start` on."""
+        tokens: list[int] = self._tokens[slot, start : self.generated[slot]].tolist()
+        return tokens
+
+    def room(self, slot: int) -> int:
+        """The longest draft that is worth verifying: one token fewer than the budget has left."""
+        return int(self._budget[slot] - self.generated[slot]) - 1
+
     def verify(
-        self, running: Running, tokens: np.ndarray, logprobs: np.ndarray
+        self, running: Running, draft: Sequence[int], tokens: np.ndarray, logprobs: np.ndarray
     ) -> tuple[int, Literal["stop", "length"] | None]:
         """Write what a policy draws along a draft, up to its first own token, which is kept as well.
 
         tokens, logprobs: [len(draft) + 1], drawn after the draft's first 0, 1, … tokens. Returns how many tokens of the
         draft were kept, and why the completion has finished, if it has.
         """
-        slot, draft = running.slot, np.array(running.request.draft, dtype=np.int64)
-        differs = (tokens[:-1] != draft).nonzero()[0]
+        slot = running.slot
+        differs = (tokens[:-1] != np.array(draft, dtype=np.int64)).nonzero()[0]
         kept = int(differs[0]) if len(differs) else len(draft)
         before = int(self.generated[slot])
         num = min(kept + 1, int(self._budget[slot]) - before)
@@ -149,6 +158,8 @@ class Slots:
         self._tokens[slot, before:total], self._logprobs[slot, before:total] = tokens[:num], logprobs[:num]
         self.last_tokens[slot], self.generated[slot] = tokens[num - 1], total
         self.cached[slot] = len(running.request.prompt_ids) + total - 1
+        self.changed = True
+        kept = min(kept, num)
         if stopped:
             return kept, "stop"
         return kept, "length" if total >= self._budget[slot] else None
