@@ -35,7 +35,7 @@ from protocol.local import Local
 from protocol.messages import SharedGroup
 from protocol.neighbours import Neighbours
 from protocol.own_record import OwnRecord
-from protocol.pool import Pool
+from protocol.pool import Pool, Weight
 from protocol.pulling import Pulling
 from protocol.refusals import Refusal
 from protocol.reputation import Reputation
@@ -61,7 +61,7 @@ class ExternalGroup:
 
     author: str  # node id
     group: SharedGroup
-    rewards: tuple[float, ...]  # one per completion, by this node's verifier
+    rewards: tuple[float, ...]  # of its first completions, by this node's verifier; of all, unless there are very many
     payload: object  # what the node's `Rescore` gave
     age_s: float  # since its author created the batch
 
@@ -221,12 +221,15 @@ class Member:
         local.counters.groups_published += len(frames)
         self.gossip.announce_own(batch)
 
-    def sample(self, num_groups: int) -> list[ExternalGroup]:
-        """Draw unused groups by SAPO's rule; fewer than asked for where fewer are there. Waits for nothing."""
+    def sample(self, num_groups: int, *, weight: Weight | None = None) -> list[ExternalGroup]:
+        """Draw unused groups by SAPO's rule; fewer than asked for where fewer are there. Waits for nothing.
+
+        `weight` says how likely a group is to be drawn, relative to others; None: all alike.
+        """
         local, now_s = self.local, self.local.clock()
         self.pulling.demand.asked(num_groups, now_s)
         is_newcomer = self.pulling.is_newcomer if self.pulling.newcomers_are_capped else None
-        drawn = self.pool.sample(num_groups, now_s, is_newcomer=is_newcomer)
+        drawn = self.pool.sample(num_groups, now_s, is_newcomer=is_newcomer, weight=weight)
         for entry in drawn:
             local.counters.age_of_sampled_s.add(now_s - entry.created_at_s)
         local.counters.groups_sampled += len(drawn)

@@ -1,9 +1,10 @@
 """Admitted groups of other authors, until they are used once, are too old, or must make room.
 
 Sampling is SAPO's (Swarm sAmpling Policy Optimization, arXiv 2509.08721): groups without an advantage are discarded
-first, then groups are drawn uniformly. Two caps are added to it. While four or more authors contribute, one of them
-gives at most a quarter of a batch; and while four or more have a record, all others together give at most a
-quarter, however many names they have. What is missing then is the caller's to replace by own groups.
+first, then groups are drawn, uniformly or by weights that the caller gives. Two caps are added to it. While four or
+more authors contribute, one of them gives at most a quarter of a batch; and while four or more have a record, all
+others together give at most a quarter, however many names they have. What is missing then is the caller's to replace
+by own groups.
 
 Pure data: what may enter is `admission`'s.
 """
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 
 from protocol.messages import SharedGroup
 
-__all__ = ["MIN_AUTHORS_FOR_CAPS", "Pool", "PoolEntry", "author_cap", "newcomer_cap"]
+__all__ = ["MIN_AUTHORS_FOR_CAPS", "Pool", "PoolEntry", "Weight", "author_cap", "newcomer_cap"]
 
 MIN_AUTHORS_FOR_CAPS = 4
 
@@ -30,8 +31,11 @@ class PoolEntry:
     created_at_s: float  # unix seconds, by the author's clock
     group: SharedGroup
     frame: bytes  # what it was decoded from: saved with the state, and scored anew after a restart
-    rewards: tuple[float, ...]  # one per completion, by this node's verifier
+    rewards: tuple[float, ...]  # of its first completions, by this node's verifier; of all, unless there are very many
     payload: object  # whatever the node wants back with it
+
+
+Weight = Callable[[PoolEntry], float]  # how likely a group is to be drawn, relative to others; 0: after all others
 
 
 def author_cap(num_groups: int, num_authors: int, max_share: float) -> int:
@@ -109,15 +113,22 @@ class Pool:
         self.num_expired += len(old)
 
     def sample(
-        self, num_groups: int, now_s: float, *, is_newcomer: Callable[[str], bool] | None = None
+        self,
+        num_groups: int,
+        now_s: float,
+        *,
+        is_newcomer: Callable[[str], bool] | None = None,
+        weight: Weight | None = None,
     ) -> list[PoolEntry]:
-        """Draw at most `num_groups` groups uniformly under the caps, and forget them: each is used at most once.
+        """Draw at most `num_groups` groups under the caps, and forget them: each is used at most once.
 
-        `is_newcomer` stands for the second cap; None while it is not in force.
+        `is_newcomer` stands for the second cap; None while it is not in force. Without `weight` all are equally likely.
         """
         self.expire(now_s)
         entries = list(self._entries.values())
         self._rng.shuffle(entries)
+        if weight is not None:
+            entries = self._by_weight(entries, weight)
         per_author = author_cap(num_groups, len(self._num_by_author), self._max_author_share)
         newcomers_left = newcomer_cap(num_groups, self._max_newcomer_share, self._rng)
         taken = Counter[str]()
@@ -135,6 +146,20 @@ class Pool:
             drawn.append(entry)
             self._remove(entry)
         return drawn
+
+    def _by_weight(self, entries: list[PoolEntry], weight: Weight) -> list[PoolEntry]:
+        """Return groups in an order in which each next one is drawn by weight from those that are left.
+
+        Whose exponential waiting time ends first is next (Efraimidis and Spirakis, "Weighted random sampling with a
+        reservoir", 2006).
+        """
+        waits: dict[bytes, float] = {}
+        for entry in entries:
+            chance, wait = weight(entry), self._rng.expovariate(1.0)
+            if not 0 <= chance < math.inf:
+                raise ValueError(f"a weight must be finite and not negative, not {chance}")
+            waits[entry.key] = wait / chance if chance else math.inf
+        return sorted(entries, key=lambda entry: waits[entry.key])
 
     def _remove(self, entry: PoolEntry) -> None:
         del self._entries[entry.key]

@@ -1,6 +1,8 @@
+import math
 import random
 from collections import Counter
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -24,9 +26,10 @@ def make(max_groups: int = 1000, seed: int = 0) -> Pool:
     authors=st.lists(st.sampled_from("abcdefgh"), max_size=60),
     wants=st.lists(st.integers(0, 20), min_size=1, max_size=8),
     newcomers=st.none() | st.sets(st.sampled_from("abcdefgh")),
+    weights=st.none() | st.dictionaries(st.sampled_from("abcdefgh"), st.floats(0, 1e6)),
     seed=st.integers(0, 1000),
 )
-def test_no_group_is_drawn_twice_and_no_cap_is_passed(authors, wants, newcomers, seed):
+def test_no_group_is_drawn_twice_and_no_cap_is_passed(authors, wants, newcomers, weights, seed):
     pool = make(seed=seed)
     for number, author in enumerate(authors):
         assert pool.add(entry(number, author))
@@ -34,7 +37,12 @@ def test_no_group_is_drawn_twice_and_no_cap_is_passed(authors, wants, newcomers,
     for num_groups in wants:
         contributing = {e.author for e in pool.entries()}
         before = len(pool)
-        drawn = pool.sample(num_groups, 1000.0, is_newcomer=None if newcomers is None else newcomers.__contains__)
+        drawn = pool.sample(
+            num_groups,
+            1000.0,
+            is_newcomer=None if newcomers is None else newcomers.__contains__,
+            weight=None if weights is None else lambda e: weights.get(e.author, 1.0),
+        )
         assert len(drawn) <= num_groups
         assert len(pool) == before - len(drawn)
         assert not drawn_keys & {e.key for e in drawn}
@@ -59,6 +67,39 @@ def test_drawing_is_uniform_over_groups():
     # Each of 12 groups is one of 6 drawn: 1,500 expected, standard deviation below 28.
     assert max(abs(count - 1500) for count in counts.values()) < 5 * 28
     assert len(counts) == 12
+
+
+def test_drawing_by_weight_is_as_if_one_group_after_another_was_drawn():
+    weights, firsts, seconds = (1.0, 2.0, 5.0, 0.0), Counter[int](), Counter[int]()
+    num_draws = 4000
+    for seed in range(num_draws):
+        pool = make(seed=seed)
+        for number in range(4):
+            pool.add(entry(number))
+        first, second = (e.payload for e in pool.sample(2, 1000.0, weight=lambda e: weights[e.payload]))
+        firsts[first] += 1
+        seconds[second] += 1
+    for number, weight in enumerate(weights):
+        others = [one for index, one in enumerate(weights) if index != number]
+        share = sum(one / 8 * weight / (8 - one) for one in others)  # the other one came first, then this one
+        assert abs(firsts[number] / num_draws - weight / 8) < 5 * 0.5 / num_draws**0.5
+        assert abs(seconds[number] / num_draws - share) < 5 * 0.5 / num_draws**0.5
+    assert firsts[3] == seconds[3] == 0, "what weighs nothing comes after all others"
+
+
+def test_what_weighs_nothing_is_drawn_where_nothing_else_is_left():
+    pool = make()
+    for number in range(3):
+        pool.add(entry(number))
+    assert len(pool.sample(5, 1000.0, weight=lambda e: 0.0)) == 3
+
+
+@pytest.mark.parametrize("weight", [-1.0, math.inf, math.nan])
+def test_a_weight_that_is_none_is_refused(weight):
+    pool = make()
+    pool.add(entry(1))
+    with pytest.raises(ValueError, match="finite and not negative"):
+        pool.sample(1, 1000.0, weight=lambda e: weight)
 
 
 def test_a_quarter_from_one_author_while_four_contribute_and_all_while_three_do():
