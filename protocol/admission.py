@@ -46,7 +46,7 @@ class Rescored:
     """What the node's own verifier says of a group."""
 
     verdict: Verdict
-    rewards: tuple[float, ...] = ()  # one per completion, where the verdict is "scored"
+    rewards: tuple[float, ...] = ()  # where the verdict is "scored": of as many of the first completions as it takes
     informative: bool = False  # whether its advantages are not all zero
     payload: object = None  # whatever the node wants back when the group is sampled
 
@@ -132,7 +132,7 @@ class Admission:
             rescored = await self._rescore(group)
             if rescored.verdict != "scored":
                 raise Refusal(_REASONS[rescored.verdict])
-            if len(rescored.rewards) != len(group.completions):
+            if not 0 < len(rescored.rewards) <= len(group.completions):
                 raise ValueError(f"{len(rescored.rewards)} rewards for {len(group.completions)} completions")
             self._unknown_in_a_row.pop(author, None)
             if not rescored.informative:

@@ -4,6 +4,7 @@ import asyncio
 import random
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -38,15 +39,17 @@ CONFIG = RunConfig.model_validate(
 class Judge:
     """An answer is right if it is 0 or 1, as in the other tests of nodes."""
 
-    def __init__(self, error=None):
-        self.error, self.closed = error, False
+    def __init__(self, error=None, most=None):
+        """`most`: completions of a group that it looks at."""
+        self.error, self.most, self.closed = error, most, False
 
     async def __call__(self, group):
         if self.error is not None:
             raise self.error
-        rewards = tuple(float(one.text in "01") for one in group.completions)
+        taken = group.completions[: self.most]
+        rewards = tuple(float(one.text in "01") for one in taken)
         completions = tuple(Completion(n, (7,), (), (), "stop") for n in range(len(rewards)))
-        texts = tuple(one.text for one in group.completions)
+        texts = tuple(one.text for one in taken)
         own = RolloutGroup(Task(group.task, "?"), (9,), completions, texts, rewards)
         return Rescored("scored", rewards, len(set(rewards)) > 1, own)
 
@@ -112,6 +115,14 @@ class Swarm:
             note=run.display.note,
             on_started=on_started,
         )
+        return run
+
+    async def start(self, name, **settings):
+        """Return a harness whose exchange runs, and nothing else."""
+        run = self.run(name, **settings)
+        run.path.mkdir()
+        await run.exchange.start()
+        run.exchange.attach(None)
         return run
 
 
@@ -181,6 +192,30 @@ def test_what_comes_before_the_model_is_loaded_waits_and_is_judged_then(harness)
     assert (before["num_peers"], before["frames_under_way"], before["groups_admitted"]) == (1, 3, 0)
     assert [group.rewards for group in groups] == [(1.0, 1.0, 0.0, 0.0)] * 3
     assert closed
+
+
+def with_right(index, num_right, num=32):
+    """A group of which so many completions are right."""
+    group = written(index)
+    texts = ("0",) * num_right + ("7",) * (num - num_right)
+    return replace(
+        group, completions=group.completions[:1] * num, texts=texts, rewards=tuple(float(t == "0") for t in texts)
+    )
+
+
+def test_a_group_with_more_completions_than_this_node_takes_counts_by_those_that_it_takes(harness):
+    async def main():
+        swarm = Swarm(harness)
+        giver, taker = await swarm.start("giver"), await swarm.start("taker", judge=Judge(most=4))
+        await asyncio.sleep(5)
+        await giver.exchange.publish([with_right(1, 2)])
+        await asyncio.sleep(5)
+        groups = await taker.exchange.sample(4)
+        for run in (taker, giver):
+            await run.exchange.close()
+        return groups
+
+    assert [group.rewards for group in virtual_time.run(main())] == [(1.0, 1.0, 0.0, 0.0)]
 
 
 def test_leaving_before_the_model_is_loaded_waits_for_nothing(harness):
