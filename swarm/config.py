@@ -131,12 +131,37 @@ class SapoConfig(Section):
     own_negative_weight: float = Field(
         1.0, ge=0, le=1, description="the same for own completions: a control for experiments"
     )
+    sampling: Literal["uniform", "value"] = Field(
+        "uniform",
+        description="how groups of others are drawn; value: those that teach this policy most are likelier",
+    )
+    uniform_share: float = Field(
+        0.25, ge=0, le=1, description="sampling by value: weight of a group that is worth nothing, against 1 at best"
+    )
+    num_broad: int = Field(
+        0, ge=0, description="own questions that ask again what drawn groups of others asked; both become one group"
+    )
+    first_completions: int = Field(
+        0,
+        ge=0,
+        description="completions of each own question before the rest of the round goes to the hard ones; 0: all alike",
+    )
+    swing_damping: float = Field(
+        0.0, ge=0, le=1, description="how much less groups of others weigh while own reward is below what it was lately"
+    )
     publish: Literal["informative", "all", "none"] = Field(
         "informative", description="own groups that the swarm is given; informative: those with an advantage"
     )
     max_external_tokens: int = Field(
         0, ge=0, description="tokens of a completion from the swarm; longer: refused; 0: twice rollout.max_new_tokens"
     )
+
+    @field_validator("first_completions")
+    @classmethod
+    def _none_or_several(cls, value: int) -> int:
+        if value == 1:
+            raise ValueError("must be 0 or at least 2: one completion says nothing of how hard a question is")
+        return value
 
 
 class LoraConfig(Section):

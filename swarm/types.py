@@ -66,6 +66,17 @@ class RolloutGroup:
             raise ValueError(f"{len(rewards)} rewards for {len(self.completions)} completions")
         return replace(self, rewards=rewards)
 
+    def with_more(self, more: "RolloutGroup") -> "RolloutGroup":
+        """Return the group with further completions of the same task, scored if both are."""
+        if more.task != self.task or self.num_masked or more.num_masked:
+            raise ValueError("only whole groups of one task can be joined")
+        return replace(
+            self,
+            completions=self.completions + more.completions,
+            texts=self.texts + more.texts,
+            rewards=self.rewards + more.rewards,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class TrainingGroup:
