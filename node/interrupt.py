@@ -28,7 +28,7 @@ class InterruptibleEngine(Engine):
     def __init__(self, engine: Engine, stopping: threading.Event, max_seq_len: int) -> None:
         self._engine = engine
         self._stopping = stopping
-        self._max_seq_len = max_seq_len
+        self.max_seq_len = max_seq_len
 
     @property
     def verifies_drafts(self) -> bool:  # type: ignore[override]
@@ -58,9 +58,9 @@ class InterruptibleEngine(Engine):
     def submit(self, requests: Sequence[Request]) -> None:
         """Queue requests. Raises SequenceTooLong where a question is longer than those that were looked at before."""
         longest = max((len(request.prompt_ids) + request.sampling.max_new_tokens for request in requests), default=0)
-        if longest > self._max_seq_len:
+        if longest > self.max_seq_len:
             raise SequenceTooLong(
-                f"a question and its answer take {longest} tokens, engine.max_seq_len is {self._max_seq_len}: "
+                f"a question and its answer take {longest} tokens, engine.max_seq_len is {self.max_seq_len}: "
                 f"go on with --resume --set engine.max_seq_len={longest}, as far as the model allows"
             )
         self._engine.submit(requests)

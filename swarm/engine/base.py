@@ -76,6 +76,7 @@ class Engine(ABC):
 
     verifies_drafts: ClassVar[bool] = False
     step_cost_tokens: float = 300.0  # decoding so many tokens takes about as long as a step does beside its tokens
+    max_seq_len: int = 2**31  # longest prompt and budget of one request, in tokens
     stats: EngineStats
 
     @property

@@ -28,21 +28,29 @@ class RolloutCollector:
         )
         self._next_request_id = 0
 
-    def collect(self, tasks: Sequence[Task], *, round_index: int) -> list[RolloutGroup]:
-        """Return one group per task, in order. The noise depends on seed, round, task and completion alone."""
+    def collect(
+        self, tasks: Sequence[Task], *, round_index: int, spans: Sequence[range] | None = None
+    ) -> list[RolloutGroup]:
+        """Return one group per task, in order. The noise depends on seed, round, task and completion alone.
+
+        `spans` says which completions of each task are written, where a round writes them in several calls; None: all.
+        """
+        if spans is None:
+            spans = [range(self._config.num_completions)] * len(tasks)
+        prompts = [self._policy.encode_prompt(task.question) for task in tasks]
         requests = [
-            Request(self._new_id(), prompt_ids, self._noise(round_index, place, index), self._sampling)
-            for place, prompt_ids in enumerate(self._policy.encode_prompt(task.question) for task in tasks)
-            for index in range(self._config.num_completions)
+            [
+                Request(self._new_id(), prompt_ids, self._noise(round_index, place, index), self._sampling)
+                for index in span
+            ]
+            for place, (prompt_ids, span) in enumerate(zip(prompts, spans, strict=True))
         ]
-        done = self._run(requests)
-        size = self._config.num_completions
+        done = self._run([request for members in requests for request in members])
         groups = []
-        for place, task in enumerate(tasks):
-            members = requests[place * size : (place + 1) * size]
+        for task, prompt_ids, members in zip(tasks, prompts, requests, strict=True):
             completions = tuple(done[request.request_id] for request in members)
             texts = tuple(self._policy.decode(completion.token_ids) for completion in completions)
-            groups.append(RolloutGroup(task, members[0].prompt_ids, completions, texts))
+            groups.append(RolloutGroup(task, prompt_ids, completions, texts))
         return groups
 
     def load_policy(self, state: Mapping[str, torch.Tensor], version: int) -> None:

@@ -46,11 +46,16 @@ class PartialRollouts(RolloutCollector):
         self._num_submitted: dict[int, int] = {}  # tasks of this round and later ones
         self._row: dict[str, Any] = {}
 
-    def collect(self, tasks: Sequence[Task], *, round_index: int) -> list[RolloutGroup]:
+    def collect(
+        self, tasks: Sequence[Task], *, round_index: int, spans: Sequence[range] | None = None
+    ) -> list[RolloutGroup]:
         """Return as many groups as there are tasks, oldest first; in order of submission those of the tasks.
 
-        The noise depends on seed, round, task and completion alone, as in a synchronous round.
+        The noise depends on seed, round, task and completion alone, as in a synchronous round. Groups are begun whole,
+        some of them a round ahead: there are no `spans`.
         """
+        if spans is not None:
+            raise ValueError("partial rollouts write the groups of a round in one call")
         begin = self._clock()
         self._num_submitted = {at: num for at, num in self._num_submitted.items() if at >= round_index}
         self._submit(tasks, round_index)

@@ -98,6 +98,19 @@ def test_noise_depends_on_seed_round_place_and_index_alone():
     assert len(set(first)) == 6
 
 
+def test_a_round_that_is_written_in_several_calls_has_the_noise_of_one():
+    engine, asked = ReverseEngine(), tasks("a", "b")
+    collector = RolloutCollector(engine, BytePolicy(), CONFIG, seed=5)
+    whole = collector.collect(asked, round_index=2)
+    first = collector.collect(asked, round_index=2, spans=[range(2)] * 2)
+    rest = collector.collect(asked, round_index=2, spans=[range(2, 5), range(2, 2)])
+    joined = [one.with_more(more) for one, more in zip(first, rest, strict=True)]
+    assert [len(group.completions) for group in joined] == [5, 2]
+    assert joined[0].texts[:3] == whole[0].texts
+    assert joined[1].texts == whole[1].texts[:2]
+    assert [group.prompt_ids for group in joined] == [group.prompt_ids for group in whole]
+
+
 def test_no_tasks_no_groups():
     assert RolloutCollector(ReverseEngine(), BytePolicy(), CONFIG, seed=5).collect([], round_index=0) == []
 

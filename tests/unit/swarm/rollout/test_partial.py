@@ -231,3 +231,9 @@ def test_the_built_in_model_shows_the_bias_of_arrival_and_none_of_submission(tin
     assert largest_difference(first_rounds(tiny, range(24)), expected) < limit
     early = first_rounds(tiny, range(24), order="arrival", stale_tokens="correct")
     assert largest_difference(early, expected) > limit, "the control: what is whole first is short"
+
+
+def test_a_round_in_several_calls_is_refused(rollouts):
+    partial, _ = rollouts()
+    with pytest.raises(ValueError, match="in one call"):
+        partial.collect(questions(1), round_index=1, spans=[range(2)] * len(questions(1)))
