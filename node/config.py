@@ -5,10 +5,10 @@ which settings exist, which of them a resumed run may change, and how they are w
 """
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 import tomli_w
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 
 from protocol.config import SwarmConfig
 from swarm.config import (
@@ -40,9 +40,13 @@ MAY_CHANGE_ON_RESUME = (
     "sapo.external_negative_weight",
     "sapo.fill",
     "sapo.max_external_tokens",
+    "sapo.num_broad",
     "sapo.num_external",
     "sapo.num_local",
     "sapo.publish",
+    "sapo.sampling",
+    "sapo.swing_damping",
+    "sapo.uniform_share",
     "scoring",
     "swarm",
     "trainer.logprob_chunk_tokens",
@@ -83,6 +87,31 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     swarm: SwarmConfig = SwarmConfig()
     network: NetworkConfig = NetworkConfig()
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> Self:
+        sapo, rollout = self.sapo, self.rollout
+        if sapo.first_completions >= rollout.num_completions:
+            raise ValueError(
+                f"sapo.first_completions = {sapo.first_completions} leaves nothing for the hard questions: "
+                f"set it below rollout.num_completions = {rollout.num_completions}, or to 0"
+            )
+        if sapo.first_completions and rollout.is_partial:
+            raise ValueError(
+                "sapo.first_completions waits for rewards in the middle of a round, which partial rollouts do not: "
+                "set rollout.schedule=synchronous, or sapo.first_completions=0"
+            )
+        if sapo.num_external and sapo.num_broad >= sapo.num_local:
+            raise ValueError(
+                f"sapo.num_broad = {sapo.num_broad} leaves no question of the node's own: "
+                f"set it below sapo.num_local = {sapo.num_local}"
+            )
+        if sapo.num_broad and rollout.is_partial and rollout.order == "arrival":
+            raise ValueError(
+                "sapo.num_broad needs a question's answers in the round that asks it: "
+                "set rollout.order=submission, or sapo.num_broad=0"
+            )
+        return self
 
 
 def setting_values(config: BaseModel, prefix: str = "") -> dict[str, object]:

@@ -27,9 +27,13 @@ from node.interrupt import Interrupted
 from node.measure import RoundMeter, describe_evaluation, describe_external, describe_groups, describe_update
 from node.metrics import MovingAverage, peak_rss_bytes
 from node.recorder import RoundKeeper
+from protocol.messages import TaskRef
 from swarm import sapo
+from swarm.broad import ask_again
 from swarm.evaluation import Evaluation, evaluate
-from swarm.types import RolloutGroup, TrainingBatch
+from swarm.rollout.allocation import later_spans
+from swarm.swing import Swing
+from swarm.types import RolloutGroup, Task, TrainingBatch
 
 if TYPE_CHECKING:
     from node.parts import Parts
@@ -74,6 +78,7 @@ class Node:
         self._parts: Parts | None = None
         self._before: Evaluation | None = None  # of a policy that has not learned, until the first row has it
         self._average = MovingAverage(MOVING_AVERAGE_ROUNDS)
+        self._swing = Swing()
         self._num_updates_skipped = 0
         self._elapsed_s = 0.0
         self._watch: asyncio.Task[None] | None = None  # ends when the exchange has died
@@ -131,28 +136,54 @@ class Node:
         meter = RoundMeter(self.clock, self._enter)
         outcomes_before = Counter(parts.scorer.counts)
         external = await self.exchange.sample(config.sapo.num_external)
-        num_own = sapo.num_own_groups(config.sapo, len(external))
         with meter.time("rollout"):
-            most = config.sapo.num_local + config.sapo.num_external
-            tasks = parts.tasks.train_batch(round_index, num_own, stride=most)
-            parts.scorer.prefetch([task.ref for task in tasks])  # the scorer's processes make the items meanwhile
-            groups = await self._in_torch(parts.rollouts.collect, tasks, round_index=round_index)
-        with meter.time("scoring"):
-            own = await self._in_torch(parts.scorer.score_groups, groups)
+            tasks, again = self._choose_tasks(round_index, external)
+        own = await self._write(tasks, round_index, meter)
         await self.exchange.publish(own)
-        external += await self.exchange.sample(sapo.num_to_fill(own, len(external), config.sapo))
-        batch = sapo.build_batch(own, external, config.sapo, self._rng("batch", round_index))
+        external += await self.exchange.sample(sapo.num_to_fill(own, external, config.sapo, again))
+        weight = 1 - config.sapo.swing_damping * self._swing.value
+        rng = self._rng("batch", round_index)
+        batch = sapo.build_batch(own, external, config.sapo, rng, again=again, external_weight=weight)
         with meter.time("update"):
             stats = await self._update(batch)
         with meter.time("load_policy"):
             await self._in_torch(self._load_policy)
-        row = self._describe(round_index, own, stats, Counter(parts.scorer.counts) - outcomes_before)
-        row |= describe_external(len(own), external, batch) | self.exchange.describe_round()
+        row = self._describe(round_index, own, again, stats, Counter(parts.scorer.counts) - outcomes_before)
+        row |= describe_external(len(own), external, batch, weight) | self.exchange.describe_round()
         row |= parts.rollouts.describe()
         if self._evaluation_is_due(round_index):
             with meter.time("evaluation"):
                 row |= describe_evaluation(await self._in_torch(self._evaluate))
         await self._record(row, batch, meter)
+
+    def _choose_tasks(self, round_index: int, external: list[RolloutGroup]) -> tuple[list[Task], set[TaskRef]]:
+        """Return what the round asks, and which questions of it others have asked as well (`sapo.num_broad`)."""
+        parts, config = self.parts, self.config.sapo
+        num_own = sapo.num_own_groups(config, len(external))
+        tasks = parts.tasks.train_batch(round_index, num_own, stride=config.num_local + config.num_external)
+        max_prompt_tokens = parts.engine.max_seq_len - self.config.rollout.max_new_tokens
+        again = ask_again(tasks, external, config, max_prompt_tokens=max_prompt_tokens)
+        tasks = tasks[: num_own - len(again)] + again
+        parts.scorer.prefetch([task.ref for task in tasks])  # the scorer's processes make the items meanwhile
+        return tasks, {task.ref for task in again}
+
+    async def _write(self, tasks: list[Task], round_index: int, meter: RoundMeter) -> list[RolloutGroup]:
+        """Write and score own groups; with `sapo.first_completions` a few of each, then the rest where they teach."""
+        num_first = self.config.sapo.first_completions
+        if not num_first:
+            return await self._write_spans(tasks, None, round_index, meter)
+        first = await self._write_spans(tasks, [range(num_first)] * len(tasks), round_index, meter)
+        spans = later_spans(first, self.config.rollout.num_completions)
+        more = await self._write_spans(tasks, spans, round_index, meter)
+        return [group.with_more(rest) for group, rest in zip(first, more, strict=True)]
+
+    async def _write_spans(
+        self, tasks: list[Task], spans: list[range] | None, round_index: int, meter: RoundMeter
+    ) -> list[RolloutGroup]:
+        with meter.time("rollout"):
+            groups = await self._in_torch(self.parts.rollouts.collect, tasks, round_index=round_index, spans=spans)
+        with meter.time("scoring"):
+            return await self._in_torch(self.parts.scorer.score_groups, groups)
 
     async def _update(self, batch: TrainingBatch) -> "UpdateStats | None":
         """Learn from a batch; a batch in which every group has advantage zero teaches nothing."""
@@ -181,13 +212,20 @@ class Node:
     def _note(self, row: dict[str, Any]) -> None:
         """Remember what is asked of the last rounds."""
         self.rows.append(row)
+        if row["round"] >= MOVING_AVERAGE_ROUNDS:  # before, a single lucky round would stand as the best for long
+            self._swing.add(row["reward_moving_average"])
         self.pass_at_1_heldout = row.get("pass_at_1_heldout", self.pass_at_1_heldout)
 
     def _describe(
-        self, round_index: int, own: list[RolloutGroup], stats: "UpdateStats | None", outcomes: "Counter[Outcome]"
+        self,
+        round_index: int,
+        own: list[RolloutGroup],
+        again: set[TaskRef],
+        stats: "UpdateStats | None",
+        outcomes: "Counter[Outcome]",
     ) -> dict[str, Any]:
         """Return the part of the round's row that does not depend on the machine."""
-        row: dict[str, Any] = {"round": round_index, **describe_groups(own, self.config.sapo)}
+        row: dict[str, Any] = {"round": round_index, **describe_groups(own, self.config.sapo, again)}
         row["reward_moving_average"] = self._average.add(row["reward_mean"])
         row |= describe_update(stats)
         row["policy_version"] = self.parts.trainer.policy_version

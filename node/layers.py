@@ -192,8 +192,9 @@ def resolve(layers: Iterable[Layer], preset: Callable[[str], Mapping[str, Any]] 
         config = RunConfig.model_validate(_nest(_with_absolute_paths(values)))
     except ValidationError as error:  # of settings that are each possible and not together
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise ConfigError(f"{where}: {first['msg'].removeprefix('Value error, ')}") from None
+        where = "".join(f"{part}." for part in first["loc"]).removesuffix(".")
+        reason = first["msg"].removeprefix("Value error, ")
+        raise ConfigError(f"{where}: {reason}" if where else reason) from None
     return ResolvedConfig(config, {name: origins.get(name, "default") for name in setting_values(config)})
 
 

@@ -6,10 +6,11 @@ run's settings.
 
 import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from protocol.messages import TaskRef
 from swarm.advantage import group_advantages
 from swarm.config import SapoConfig
 from swarm.types import RolloutGroup, TrainingBatch
@@ -50,14 +51,22 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def describe_groups(groups: Sequence[RolloutGroup], config: SapoConfig) -> dict[str, float]:
-    """Return what the groups of a round show about the policy that wrote them."""
+def describe_groups(
+    groups: Sequence[RolloutGroup], config: SapoConfig, again: Collection[TaskRef] = ()
+) -> dict[str, float]:
+    """Return what the groups of a round show about the policy that wrote them.
+
+    Reward is that of questions drawn from the node's own tasks, each with as many completions: a question that was
+    asked `again` is chosen by others, and completions after the first ones by how hard a question is.
+    """
     completions = [completion for group in groups for completion in group.completions]
-    rewards = [reward for group in groups for reward in group.rewards]
+    uniform = [group.rewards for group in groups if group.task.ref not in again]
+    rewards = [reward for group in uniform for reward in group[: config.first_completions or None]]
     lengths = [len(completion.token_ids) for completion in completions]
     return {
         "reward_mean": statistics.fmean(rewards),
         "num_groups": len(groups),
+        "num_broad": len(groups) - len(uniform),
         "num_groups_zero_advantage": sum(not any(group_advantages(group.rewards, config)) for group in groups),
         "num_completions": len(completions),
         "num_completions_truncated": sum(completion.finish_reason == "length" for completion in completions),
@@ -66,13 +75,19 @@ def describe_groups(groups: Sequence[RolloutGroup], config: SapoConfig) -> dict[
     }
 
 
-def describe_external(num_own: int, external: Sequence[RolloutGroup], batch: TrainingBatch) -> dict[str, float | None]:
-    """Return what the batch came from, and what groups of others were worth by this node's own verifier."""
+def describe_external(
+    num_own: int, external: Sequence[RolloutGroup], batch: TrainingBatch, weight: float
+) -> dict[str, float | None]:
+    """Return what the batch came from, and what groups of others were worth by this node's own verifier.
+
+    `weight` is that of what others wrote.
+    """
     rewards = [reward for group in external for reward in group.rewards]
     return {
         "num_local": num_own,
         "num_external": len(external) - batch.num_external_zero_advantage,
         "num_external_missing": batch.num_external_missing,
+        "external_weight": weight,
         "reward_external_mean": statistics.fmean(rewards) if rewards else None,
     }
 

@@ -90,9 +90,9 @@ def make_rollouts(config: RunConfig, engine: Engine, policy: Policy, tasks: Task
         return RolloutCollector(engine, policy, config.rollout, config.seed)
 
     def ahead(round_index: int) -> list[Task]:
-        """Own groups that a round asks whoever else is there."""
-        num_local, most = config.sapo.num_local, config.sapo.num_local + config.sapo.num_external
-        return tasks.train_batch(round_index, num_local, stride=most) if round_index <= config.rounds else []
+        """Own questions that a round asks whoever else is there, and whatever they ask."""
+        num_sure, most = config.sapo.num_local - config.sapo.num_broad, config.sapo.num_local + config.sapo.num_external
+        return tasks.train_batch(round_index, num_sure, stride=most) if round_index <= config.rounds else []
 
     return PartialRollouts(engine, policy, config.rollout, config.seed, ahead)
 

@@ -3,6 +3,7 @@
 Member        protocol's part: who is there, gossip, admission, the pool
 Rescorer      judges what comes in, in a thread of its own (`node.rescoring`)
 shared_group  what goes out (`node.sharing`)
+LearningValue what a group of the pool is worth to this policy, where groups are drawn by that
 Connection    says when the node finds itself alone, and when no longer (`node.connection`)
 """
 
@@ -17,7 +18,9 @@ from protocol.about import NodeAbout
 from protocol.admission import Rescore, Rescored
 from protocol.member import Member
 from protocol.messages import SharedGroup
+from protocol.pool import PoolEntry
 from swarm.config import SapoConfig
+from swarm.learning_value import LearningValue
 from swarm.types import RolloutGroup
 
 if TYPE_CHECKING:
@@ -53,6 +56,7 @@ class SwarmExchange(Exchange):
         self._make_member, self._build_rescorer = make_member, build_rescorer
         self._config, self._about, self._note, self._on_started = config, about, note, on_started
         self._watch_interval_s = watch_interval_s
+        self._value = LearningValue(config.uniform_share) if config.sampling == "value" else None
         self._member: Member | None = None
         self._is_started = False
         self._rescorer: Rescorer | None = None
@@ -92,6 +96,8 @@ class SwarmExchange(Exchange):
 
     async def publish(self, groups: Sequence[RolloutGroup]) -> None:
         """Offer own groups, as far as `sapo.publish` wants; those of rounds in quick succession together."""
+        if self._value is not None:
+            self._value.observe_own(groups)
         if self._config.publish == "none" or self._member is None:
             return
         self._unsent += [one for group in groups if (one := shared_group(group, self._config)) is not None]
@@ -102,10 +108,16 @@ class SwarmExchange(Exchange):
         if self._member is None or num_groups == 0:
             return []
         groups: list[RolloutGroup] = []
-        for external in self._member.sample(num_groups):
+        for external in self._member.sample(num_groups, weight=None if self._value is None else self._weight):
             assert isinstance(external.payload, RolloutGroup)
             groups.append(external.payload)
+            if self._value is not None:
+                self._value.observe_drawn(external.author, external.group.task, external.rewards)
         return groups
+
+    def _weight(self, entry: PoolEntry) -> float:
+        assert self._value is not None
+        return self._value.weight(entry.author, entry.group.task, entry.rewards)
 
     def describe_round(self) -> dict[str, Any]:
         """Return the counts since the last call."""

@@ -29,14 +29,19 @@ Departures from the paper:
   policy would hardly write it, and making the improbable less probable teaches nothing: the mass goes anywhere. This
   is the tapering of off-policy REINFORCE (arXiv 2503.14286, section 3) with a constant for the ratio to the author's
   policy, which is not known here.
+- Beyond the paper, each an option that is off: groups of others are drawn by what they teach this policy
+  (`learning_value`), their questions are asked again and answered in one broad group (`broad`), completions go to
+  hard questions (`rollout.allocation`), and what others wrote weighs less while own reward falls (`swing`).
 - Advantages have a floor on the spread of a group (see `advantage`).
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TypeVar
 
+from protocol.messages import TaskRef
 from swarm.advantage import group_advantages
+from swarm.broad import merge
 from swarm.config import SapoConfig
 from swarm.types import RolloutGroup, TrainingBatch, TrainingGroup
 
@@ -46,31 +51,42 @@ T = TypeVar("T")
 
 
 def build_batch(
-    own: Sequence[RolloutGroup], external: Sequence[RolloutGroup], config: SapoConfig, rng: random.Random
+    own: Sequence[RolloutGroup],
+    external: Sequence[RolloutGroup],
+    config: SapoConfig,
+    rng: random.Random,
+    *,
+    again: Collection[TaskRef] = (),
+    external_weight: float = 1.0,
 ) -> TrainingBatch:
     """Choose external groups and as many own ones as make up the batch, and compute advantages.
 
     External groups are `num_external`; with `fill`, as many as leave room for the useful own ones. Own groups are
     `num_local`, and one for every external group that is missing, as far as there are so many. All groups have been
     scored. `rng` is drawn from only where there is more to choose from than is needed.
+    `again` are own questions that others have asked: their answers join the own group, which counts as an own one, and
+    each of them as an external group. `external_weight` scales every advantage of what others wrote.
     Raises ValueError for a group that has not been scored.
     """
-    external_groups = [_training_group(group, config, is_own=False) for group in external]
-    own_groups = [_training_group(group, config, is_own=True) for group in own]
-    useful_external = [group for group in external_groups if group is not None]
+    parts, alone = merge(own, external, again)
+    num_merged = len(external) - len(alone)
+    own_groups = [_training_group(group, others, config, external_weight) for group, *others in parts]
     useful_own = [group for group in own_groups if group is not None]
+    external_groups = [_training_group(None, [group], config, external_weight) for group in alone]
+    useful_external = [group for group in external_groups if group is not None]
     room = config.num_external
     if config.fill:
         room = max(room, num_own_groups(config, len(useful_own)))
-    chosen_external = _choose(useful_external, room, rng)
-    num_own = num_own_groups(config, len(chosen_external))
+    chosen_external = _choose(useful_external, max(0, room - num_merged), rng)
+    num_external = len(chosen_external) + num_merged
+    num_own = num_own_groups(config, num_external)
     chosen_own = _choose(useful_own if config.fill else own_groups, num_own, rng)
     kept_own = [group for group in chosen_own if group is not None]
     return TrainingBatch(
         groups=(*kept_own, *chosen_external),
         num_own_zero_advantage=len(own_groups if config.fill else chosen_own) - len(kept_own),
         num_external_zero_advantage=len(external_groups) - len(useful_external),
-        num_external_missing=max(0, config.num_external - len(chosen_external)),
+        num_external_missing=max(0, config.num_external - num_external),
     )
 
 
@@ -79,12 +95,15 @@ def num_own_groups(config: SapoConfig, num_external: int) -> int:
     return config.num_local + config.num_external - num_external
 
 
-def num_to_fill(own: Sequence[RolloutGroup], num_external: int, config: SapoConfig) -> int:
+def num_to_fill(
+    own: Sequence[RolloutGroup], external: Sequence[RolloutGroup], config: SapoConfig, again: Collection[TaskRef] = ()
+) -> int:
     """Return how many more groups of others there is room for, once own groups have been scored."""
     if not config.fill or not config.num_external:
         return 0
-    num_useful = sum(_training_group(group, config, is_own=True) is not None for group in own)
-    return max(0, config.num_local + config.num_external - num_useful - num_external)
+    parts, _ = merge(own, external, again)
+    num_useful = sum(_training_group(group, others, config) is not None for group, *others in parts)
+    return max(0, config.num_local + config.num_external - num_useful - len(external))
 
 
 def _choose(items: Sequence[T], count: int, rng: random.Random) -> list[T]:
@@ -94,27 +113,39 @@ def _choose(items: Sequence[T], count: int, rng: random.Random) -> list[T]:
     return [items[index] for index in sorted(rng.sample(range(len(items)), count))]
 
 
-def _training_group(group: RolloutGroup, config: SapoConfig, *, is_own: bool) -> TrainingGroup | None:
-    """Return the group as the trainer sees it, or None where no completion of it has an advantage.
+def _training_group(
+    own: RolloutGroup | None, external: Sequence[RolloutGroup], config: SapoConfig, external_weight: float = 1.0
+) -> TrainingGroup | None:
+    """Return all answers to one question as the trainer sees them, or None where none of them has an advantage.
 
     Without the filter, an own group without any is trained on: it moves nothing, and weighs in the batch's mean.
-    An external group has no behaviour log-probabilities: it is trained on as if the own policy had written it.
+    What others wrote has no behaviour log-probabilities: it is trained on as if the own policy had written it.
     A completion without tokens counts for the advantages of its siblings and cannot be trained on itself.
     """
-    if len(group.rewards) != len(group.completions):
-        raise ValueError(f"a group of {len(group.completions)} completions has {len(group.rewards)} rewards")
-    advantages = group_advantages(group.rewards, config)
-    kept = [index for index, completion in enumerate(group.completions) if completion.token_ids]
-    is_filtered = config.own_filter or not is_own
+    groups = [*([] if own is None else [own]), *external]
+    for group in groups:
+        if len(group.rewards) != len(group.completions):
+            raise ValueError(f"a group of {len(group.completions)} completions has {len(group.rewards)} rewards")
+    completions = [completion for group in groups for completion in group.completions]
+    masked = [num for group in groups for num in group.num_masked or (0,) * len(group.completions)]
+    advantages = group_advantages([reward for group in groups for reward in group.rewards], config)
+    kept = [index for index, completion in enumerate(completions) if completion.token_ids]
+    is_filtered = config.own_filter or len(external) > 0
     if not kept or (is_filtered and not any(advantages[index] for index in kept)):
         return None
-    weight = config.own_negative_weight if is_own else config.external_negative_weight
-    if weight != 1:
-        advantages = tuple(advantage * weight if advantage < 0 else advantage for advantage in advantages)
+    num_own = 0 if own is None else len(own.completions)
+    weighed = [_weigh(value, index < num_own, config, external_weight) for index, value in enumerate(advantages)]
     return TrainingGroup(
-        prompt_ids=group.prompt_ids,
-        completion_ids=tuple(group.completions[index].token_ids for index in kept),
-        advantages=tuple(advantages[index] for index in kept),
-        behavior_logprobs=tuple(group.completions[index].logprobs if is_own else None for index in kept),
-        num_masked=tuple(group.num_masked[index] for index in kept) if any(group.num_masked) else (),
+        prompt_ids=groups[0].prompt_ids,
+        completion_ids=tuple(completions[index].token_ids for index in kept),
+        advantages=tuple(weighed[index] for index in kept),
+        behavior_logprobs=tuple(completions[index].logprobs if index < num_own else None for index in kept),
+        num_masked=tuple(masked[index] for index in kept) if any(masked) else (),
     )
+
+
+def _weigh(advantage: float, is_own: bool, config: SapoConfig, external_weight: float) -> float:
+    """Return the advantage of an own completion, or of one that another node wrote, as far as it counts."""
+    negative = config.own_negative_weight if is_own else config.external_negative_weight
+    weighed = advantage * negative if advantage < 0 else advantage
+    return weighed if is_own else weighed * external_weight

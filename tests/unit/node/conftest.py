@@ -88,6 +88,8 @@ class NumberTasks:
 class NumberEngine:
     """Completes in one step; the token depends on the request's seed and the weight."""
 
+    max_seq_len = 100
+
     def __init__(self, stopping: threading.Event) -> None:
         self.stopping = stopping
         self.weight = 0.0
@@ -115,11 +117,13 @@ class NumberRollouts:
         self.engine = engine
         self.on_round = on_round
 
-    def collect(self, tasks: Sequence[Task], *, round_index: int) -> list[RolloutGroup]:
+    def collect(
+        self, tasks: Sequence[Task], *, round_index: int, spans: Sequence[range] | None = None
+    ) -> list[RolloutGroup]:
         self.on_round(round_index)
         groups = []
-        for task in tasks:
-            written = tuple(self.engine.complete(i, round_index * 7 + task.ref.index * 3 + i * i) for i in range(4))
+        for task, span in zip(tasks, spans or [range(4)] * len(tasks), strict=True):
+            written = tuple(self.engine.complete(i, round_index * 7 + task.ref.index * 3 + i * i) for i in span)
             groups.append(RolloutGroup(task, (1,), written, tuple(str(item.token_ids[0]) for item in written)))
         return groups
 

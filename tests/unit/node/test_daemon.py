@@ -175,6 +175,61 @@ def test_a_run_with_groups_of_others_is_replayed_from_the_journal(harness):
     assert steady(read_rows(again.folder.metrics)) == steady(read_rows(whole.folder.metrics))
 
 
+def test_questions_of_others_are_asked_again_and_answered_in_one_group(harness):
+    sapo = {"num_local": 4, "num_external": 4, "num_broad": 2, "fill": False}
+    run = harness(exchange=GivingExchange(0, 1, 4)).settings(rounds=3, sapo=sapo)
+    run.run()
+    rows = read_rows(run.folder.metrics)
+    assert [row["num_local"] for row in rows] == [8, 7, 4]
+    assert [row["num_broad"] for row in rows] == [0, 1, 1], "the groups of others are all of one question"
+    assert [row["num_external"] for row in rows] == [0, 1, 4]
+    assert run.exchange.published == [8, 7, 4], "with the group of the question that was asked again"
+    broad = Journal(run.folder.journal).read_after(2)[0].batch.groups[-1]
+    assert len(broad.completion_ids) == 4 + 4 * 2
+    assert [logprobs is None for logprobs in broad.behavior_logprobs] == [False] * 4 + [True] * 8
+
+
+def test_a_question_of_others_that_does_not_fit_the_engine_is_not_asked_again(harness):
+    config = {"sapo": {"num_local": 4, "num_external": 4, "num_broad": 2}, "rollout": {"max_new_tokens": 100}}
+    run = harness(exchange=GivingExchange(4)).settings(rounds=1, **config)
+    run.run()
+    assert [row["num_broad"] for row in read_rows(run.folder.metrics)] == [0]
+
+
+def test_hard_questions_get_the_completions_that_others_need_less(harness):
+    run = harness().settings(rounds=4, sapo={"first_completions": 2}, rollout={"num_completions": 4})
+    run.run()
+    rows = read_rows(run.folder.metrics)
+    assert [row["num_completions"] for row in rows] == [32] * 4
+    groups = [group for record in Journal(run.folder.journal).read_after(0) for group in record.batch.groups]
+    sizes = [len(group.completion_ids) for group in groups]
+    assert max(sizes) > 4
+    assert min(sizes) >= 2
+
+
+def test_what_others_wrote_weighs_less_while_own_reward_is_below_what_it_was(harness):
+    sapo = {"num_local": 4, "num_external": 4, "swing_damping": 0.5, "fill": False}
+    whole = harness("whole", exchange=GivingExchange(*[4] * 40)).settings(rounds=40, sapo=sapo)
+    whole.run()
+    rows = read_rows(whole.folder.metrics)
+    averages = [row["reward_moving_average"] for row in rows]
+    expected = [1.0] * 20
+    for number in range(20, 40):
+        best = max(averages[19:number])
+        expected.append(1 - 0.5 * (best - averages[number - 1]) / best)
+    assert [row["external_weight"] for row in rows] == expected
+    assert min(expected) < 1
+    first, last = (Journal(whole.folder.journal).read_after(at)[0].batch.groups[-1] for at in (0, 39))
+    assert last.advantages[0] == first.advantages[0] * expected[-1]
+
+    parts = harness("parts", exchange=GivingExchange(*[4] * 40)).settings(rounds=40, sapo=sapo)
+    asyncio.run(stop_in(31, parts).run())
+    again = harness("parts", config=parts.config, exchange=GivingExchange(*[4] * 10))
+    again.run()
+    assert steady(read_rows(again.folder.metrics)) == steady(rows)
+    assert torch.equal(again.trainer.weight, whole.trainer.weight)
+
+
 class DyingExchange(SiloExchange):
     """An exchange of which a background task dies."""
 

@@ -2,6 +2,7 @@
 
 import random
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -104,7 +105,7 @@ def test_groups_of_others_take_the_places_of_own_ones_without_an_advantage():
     config = SapoConfig(num_local=4, num_external=2, fill=True)
     own = [make_group(number, MIXED if number == 2 else EQUAL) for number in range(4)]
     external = [make_group(number, MIXED) for number in range(20, 27)]
-    assert num_to_fill(own, 2, config) == 3
+    assert num_to_fill(own, external[:2], config) == 3
     batch = build_batch(own, external, config, random.Random(0))
     assert prompts(batch)[0] == 2
     assert len(batch.groups) == 6
@@ -117,7 +118,7 @@ def test_groups_of_others_take_the_places_of_own_ones_without_an_advantage():
 def test_useful_own_groups_stay_when_there_are_enough_of_them():
     config = SapoConfig(num_local=2, num_external=2, fill=True)
     own = [make_group(number, MIXED) for number in range(2)]
-    assert num_to_fill(own, 2, config) == 0
+    assert num_to_fill(own, [make_group(20, MIXED)] * 2, config) == 0
     batch = build_batch(own, [make_group(number, MIXED) for number in (20, 21, 22)], config, random.Random(0))
     assert prompts(batch)[:2] == [0, 1]
     assert len(batch.groups) == 4
@@ -126,7 +127,7 @@ def test_useful_own_groups_stay_when_there_are_enough_of_them():
 @pytest.mark.parametrize("changed", [{"fill": False}, {"num_external": 0}])
 def test_nothing_is_filled_where_it_is_off_or_nobody_is_asked(changed):
     config = SapoConfig(num_local=2, num_external=2).model_copy(update=changed)
-    assert num_to_fill([make_group(1, EQUAL)], 0, config) == 0
+    assert num_to_fill([make_group(1, EQUAL)], [], config) == 0
 
 
 @pytest.mark.parametrize(("own", "external"), [(1.0, 0.25), (0.5, 1.0)])
@@ -141,3 +142,60 @@ def test_without_the_filter_own_groups_without_an_advantage_weigh_in_the_mean():
     config = SapoConfig(num_local=2, own_filter=False)
     batch = build_batch([make_group(1, EQUAL), make_group(2, MIXED)], [], config, random.Random(0))
     assert [group.advantages for group in batch.groups] == [(0.0, 0.0), (1.0, -1.0)]
+
+
+WRONG, RIGHT = (0.0, 0.0), (1.0, 1.0)
+
+
+def test_answers_to_a_question_that_was_asked_again_are_one_group_with_joint_advantages():
+    config = SapoConfig(num_local=2, num_external=2, fill=False, external_negative_weight=0.5)
+    own = [make_group(1, MIXED), make_group(20, WRONG)]
+    external = [make_group(20, RIGHT), make_group(21, MIXED)]
+    batch = build_batch(own, external, config, random.Random(0), again={own[1].task.ref})
+    assert prompts(batch) == [1, 20, 21]
+    broad = batch.groups[1]
+    assert broad.advantages == (-1.0, -1.0, 1.0, 1.0), "alone, neither of the two would have had any"
+    assert broad.behavior_logprobs == ((-0.5, -0.5), (-0.5, -0.5), None, None)
+    assert (batch.num_own_zero_advantage, batch.num_external_missing) == (0, 0)
+    assert batch.num_completions == 8
+    again = {own[1].task.ref}
+    tapered = build_batch([make_group(20, RIGHT)], [make_group(20, WRONG)], config, random.Random(0), again=again)
+    assert tapered.groups[0].advantages == (1.0, 1.0, -0.5, -0.5)
+
+
+def test_equal_questions_that_nobody_asked_again_stay_apart():
+    config = SapoConfig(num_local=1, num_external=1, fill=False)
+    batch = build_batch([make_group(1, MIXED)], [make_group(1, MIXED)], config, random.Random(0))
+    assert prompts(batch) == [1, 1]
+
+
+def test_a_broad_group_takes_the_places_of_an_own_and_of_each_external_one():
+    config = SapoConfig(num_local=2, num_external=2, fill=True)
+    own = [make_group(1, WRONG), make_group(20, WRONG)]
+    external = [make_group(20, MIXED), make_group(21, MIXED)]
+    again = {own[1].task.ref}
+    assert num_to_fill(own, external, config, again) == 1, "in the place of question 1"
+    external += [make_group(number, MIXED) for number in (22, 23)]
+    batch = build_batch(own, external, config, random.Random(0), again=again)
+    assert (len(batch.groups), prompts(batch)[0], batch.num_external_missing) == (3, 20, 0)
+    assert batch.num_completions == 8
+
+
+def test_masked_tokens_of_a_broad_group_are_those_of_the_own_completions():
+    config = SapoConfig(num_local=1, num_external=1)
+    own = replace(make_group(20, MIXED), num_masked=(1, 0))
+    batch = build_batch([own], [make_group(20, MIXED)], config, random.Random(0), again={own.task.ref})
+    assert batch.groups[0].num_masked == (1, 0, 0, 0)
+
+
+def test_what_others_wrote_weighs_as_much_as_is_said():
+    config = SapoConfig(num_local=2, num_external=1, external_negative_weight=0.5)
+    own, again = [make_group(1, MIXED), make_group(20, MIXED)], {make_group(20, MIXED).task.ref}
+    for external_weight in (1.0, 0.25):
+        batch = build_batch(
+            own, [make_group(20, MIXED)], config, random.Random(0), again=again, external_weight=external_weight
+        )
+        theirs = (external_weight, -0.5 * external_weight)
+        assert [group.advantages for group in batch.groups] == [(1.0, -1.0), (1.0, -1.0, *theirs)]
+        alone = build_batch(own, [make_group(3, MIXED)], config, random.Random(0), external_weight=external_weight)
+        assert alone.groups[-1].advantages == theirs
