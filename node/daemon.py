@@ -140,7 +140,7 @@ class Node:
             tasks, again = self._choose_tasks(round_index, external)
         own = await self._write(tasks, round_index, meter)
         await self.exchange.publish(own)
-        external += await self.exchange.sample(sapo.num_to_fill(own, external, config.sapo, again))
+        external += await self.exchange.fill(sapo.num_to_fill(own, external, config.sapo, again))
         weight = 1 - config.sapo.swing_damping * self._swing.value
         rng = self._rng("batch", round_index)
         batch = sapo.build_batch(own, external, config.sapo, rng, again=again, external_weight=weight)

@@ -42,6 +42,10 @@ class Exchange(ABC):
         """Return at most `num_groups` groups of peers, scored by this node; fewer where fewer are there."""
 
     @abstractmethod
+    async def fill(self, num_groups: int) -> list[RolloutGroup]:
+        """Return the same in the middle of a round, of those that the next one can do without."""
+
+    @abstractmethod
     def describe_round(self) -> dict[str, Any]:
         """Return what has crossed the wire since the last call, for the round's row of metrics."""
 
@@ -71,6 +75,10 @@ class SiloExchange(Exchange):
         """Keep them: nobody is there."""
 
     async def sample(self, num_groups: int) -> list[RolloutGroup]:
+        """Return nothing: nobody is there."""
+        return []
+
+    async def fill(self, num_groups: int) -> list[RolloutGroup]:
         """Return nothing: nobody is there."""
         return []
 

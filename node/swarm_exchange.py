@@ -105,10 +105,18 @@ class SwarmExchange(Exchange):
 
     async def sample(self, num_groups: int) -> list[RolloutGroup]:
         """Return groups of others that are there now, as this node's own tokenizer and verifier see them."""
+        return self._drawn(num_groups)
+
+    async def fill(self, num_groups: int) -> list[RolloutGroup]:
+        """Return more of them, and leave those that the next round begins with."""
+        return self._drawn(num_groups, num_left=self._config.num_external)
+
+    def _drawn(self, num_groups: int, *, num_left: int = 0) -> list[RolloutGroup]:
         if self._member is None or num_groups == 0:
             return []
         groups: list[RolloutGroup] = []
-        for external in self._member.sample(num_groups, weight=None if self._value is None else self._weight):
+        weight = None if self._value is None else self._weight
+        for external in self._member.sample(num_groups, num_left=num_left, weight=weight):
             assert isinstance(external.payload, RolloutGroup)
             groups.append(external.payload)
             if self._value is not None:

@@ -221,19 +221,21 @@ class Member:
         local.counters.groups_published += len(frames)
         self.gossip.announce_own(batch)
 
-    def sample(self, num_groups: int, *, weight: Weight | None = None) -> list[ExternalGroup]:
+    def sample(self, num_groups: int, *, num_left: int = 0, weight: Weight | None = None) -> list[ExternalGroup]:
         """Draw unused groups by SAPO's rule; fewer than asked for where fewer are there. Waits for nothing.
 
+        With `num_left` so many stay for the next time, and what is lacking beside them is not missing.
         `weight` says how likely a group is to be drawn, relative to others; None: all alike.
         """
         local, now_s = self.local, self.local.clock()
         self.pulling.demand.asked(num_groups, now_s)
         is_newcomer = self.pulling.is_newcomer if self.pulling.newcomers_are_capped else None
-        drawn = self.pool.sample(num_groups, now_s, is_newcomer=is_newcomer, weight=weight)
+        num_drawn = min(num_groups, max(0, len(self.pool) - num_left)) if num_left else num_groups
+        drawn = self.pool.sample(num_drawn, now_s, is_newcomer=is_newcomer, weight=weight)
         for entry in drawn:
             local.counters.age_of_sampled_s.add(now_s - entry.created_at_s)
         local.counters.groups_sampled += len(drawn)
-        local.counters.groups_missing += num_groups - len(drawn)
+        local.counters.groups_missing += num_drawn - len(drawn)
         self.pulling.wake()
         return [ExternalGroup(e.author, e.group, e.rewards, e.payload, now_s - e.created_at_s) for e in drawn]
 

@@ -24,7 +24,6 @@ class PacedExchange(Exchange):
     def __init__(self, exchange: Exchange, *, round_s: float, jitter: float, rng: random.Random) -> None:
         self._exchange, self._round_s, self._jitter, self._rng = exchange, round_s, jitter, rng
         self._next_s = rng.uniform(0.0, round_s)  # on the loop's clock
-        self._is_new_round = True
 
     async def start(self) -> None:
         """Begin to look for peers."""
@@ -43,16 +42,17 @@ class PacedExchange(Exchange):
         await self._exchange.publish(groups)
 
     async def sample(self, num_groups: int) -> list[RolloutGroup]:
-        """Wait until the next round may begin, if this one has not; return what is there then."""
-        if self._is_new_round:
-            self._is_new_round = False
-            await asyncio.sleep(max(0.0, self._next_s - asyncio.get_running_loop().time()))
-            self._next_s += self._round_s * (1.0 + self._jitter * self._rng.uniform(-1.0, 1.0))
+        """Wait until the next round may begin; return what is there then."""
+        await asyncio.sleep(max(0.0, self._next_s - asyncio.get_running_loop().time()))
+        self._next_s += self._round_s * (1.0 + self._jitter * self._rng.uniform(-1.0, 1.0))
         return await self._exchange.sample(num_groups)
 
+    async def fill(self, num_groups: int) -> list[RolloutGroup]:
+        """Return what is there now."""
+        return await self._exchange.fill(num_groups)
+
     def describe_round(self) -> dict[str, Any]:
-        """Return what has crossed the wire: the round is over."""
-        self._is_new_round = True
+        """Return what has crossed the wire."""
         return self._exchange.describe_round()
 
     def status(self) -> dict[str, Any] | None:

@@ -141,6 +141,9 @@ class GivingExchange(SiloExchange):
         task = Task(TaskRef("theirs", "0" * 32, 1, 1), "?")
         return [RolloutGroup(task, (5,), completions, ("0", "7"), (1.0, 0.5))] * num
 
+    async def fill(self, num_groups: int):
+        return await self.sample(num_groups)
+
 
 def test_groups_of_others_are_trained_on_and_those_missing_are_replaced_by_own_ones(harness):
     """In the last round there are also some for the places of own groups without an advantage."""

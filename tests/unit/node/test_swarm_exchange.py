@@ -60,17 +60,9 @@ class Judge:
 class PacedExchange(SwarmExchange):
     """Lets virtual time pass in every round, which the work of threads does not."""
 
-    is_new_round = True
-
     async def sample(self, num_groups):
-        if self.is_new_round:
-            self.is_new_round = False
-            await asyncio.sleep(ROUND_S)
+        await asyncio.sleep(ROUND_S)
         return await super().sample(num_groups)
-
-    def describe_round(self):
-        self.is_new_round = True
-        return super().describe_round()
 
 
 class Swarm:

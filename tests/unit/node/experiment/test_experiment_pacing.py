@@ -18,9 +18,8 @@ def begins(seed, num_rounds=6, *, round_s=10.0, jitter=0.05):
         for _ in range(num_rounds):
             assert await paced.sample(4) == []
             found.append(asyncio.get_running_loop().time())
-            assert await paced.sample(2) == [], "more of one round is there at once"
+            assert await paced.fill(2) == [], "more of one round is there at once"
             assert asyncio.get_running_loop().time() == found[-1]
-            paced.describe_round()
         return found
 
     return virtual_time.run(run())
@@ -45,7 +44,6 @@ def test_a_node_that_is_late_begins_at_once():
     async def run():
         paced = PacedExchange(SiloExchange(), round_s=1.0, jitter=0.0, rng=random.Random(0))
         await paced.sample(0)
-        paced.describe_round()
         await asyncio.sleep(5.0)
         now = asyncio.get_running_loop().time()
         await paced.sample(0)
