@@ -104,7 +104,7 @@ def _common(args: argparse.Namespace) -> list[str]:
 def full_rounds(rows: Rows, external: int, after: int = 0) -> float:
     """Return the share of rounds after so many that trained on all external groups."""
     counted = rows[after:]
-    return sum(row["num_external"] == external for row in counted) / len(counted)
+    return sum(row["num_external"] >= external for row in counted) / len(counted)
 
 
 def summed_reward(rows: Rows) -> float:
@@ -153,7 +153,7 @@ def plot(nodes_of: dict[str, list[Rows]], args: argparse.Namespace, path: Path) 
         points = [(column[0][0], statistics.mean(value for _, value in column)) for column in zip(*held, strict=True)]
         rewards.plot(*zip(*points, strict=True), color=color, marker="o", markersize=5, linewidth=0)
     columns = list(
-        zip(*([row["num_external"] == args.external for row in rows] for rows in nodes_of["swarm"]), strict=True)
+        zip(*([row["num_external"] >= args.external for row in rows] for rows in nodes_of["swarm"]), strict=True)
     )
     full.plot(rounds, [sum(column) / len(column) for column in columns], color="#d94801", linewidth=1)
     rewards.set(

@@ -266,6 +266,7 @@ class Node:
             self._enter("evaluation")
             self._before = await self._in_torch(self._evaluate)
             self.display.evaluated_before(self._before.pass_at_1)
+        await self.exchange.wait_ready()
 
     async def _save(self, within_s: float | None) -> None:
         """Leave a checkpoint of the last finished round; not where an update after it has begun to change things."""

@@ -30,6 +30,10 @@ class Exchange(ABC):
         """Judge from now on what peers wrote, with what this node has loaded. Called once, after `start`."""
 
     @abstractmethod
+    async def wait_ready(self) -> None:
+        """Return when what peers wrote can be judged: this waits for processes of the node's own, and for no peer."""
+
+    @abstractmethod
     async def wait_failed(self) -> None:
         """Return never; raise what has killed a background task."""
 
@@ -66,6 +70,9 @@ class SiloExchange(Exchange):
 
     def attach(self, parts: "Parts") -> None:
         """Nothing: there is nothing to judge."""
+
+    async def wait_ready(self) -> None:
+        """Return at once: there is nothing to judge."""
 
     async def wait_failed(self) -> None:
         """Wait for what cannot happen."""

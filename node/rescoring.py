@@ -90,6 +90,10 @@ class Rescorer:
         """Start the scoring process now, so that it is there when the first group comes."""
         self._thread.submit(self._prepared)
 
+    async def wait_ready(self) -> None:
+        """Return when groups can be judged. Raises what the scoring process could not start for."""
+        await asyncio.get_running_loop().run_in_executor(self._thread, lambda: self._prepared()[2].start())
+
     async def close(self) -> None:
         """End the scoring process and the thread; a group that is being scored is dropped."""
         self._is_closing = True

@@ -83,6 +83,11 @@ class SwarmExchange(Exchange):
         self._rescorer = self._build_rescorer(parts)
         self._can_rescore.set()
 
+    async def wait_ready(self) -> None:
+        """Wait for the scoring process: it starts while the policy is evaluated for the first time."""
+        if self._rescorer is not None:
+            await self._rescorer.wait_ready()
+
     async def _rescore(self, group: SharedGroup) -> Rescored:
         await self._can_rescore.wait()
         assert self._rescorer is not None

@@ -33,6 +33,10 @@ class PacedExchange(Exchange):
         """Judge from now on what peers wrote."""
         self._exchange.attach(parts)
 
+    async def wait_ready(self) -> None:
+        """Return when what peers wrote can be judged."""
+        await self._exchange.wait_ready()
+
     async def wait_failed(self) -> None:
         """Return never; raise what has killed a background task."""
         await self._exchange.wait_failed()

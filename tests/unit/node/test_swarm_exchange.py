@@ -53,6 +53,9 @@ class Judge:
         own = RolloutGroup(Task(group.task, "?"), (9,), completions, texts, rewards)
         return Rescored("scored", rewards, len(set(rewards)) > 1, own)
 
+    async def wait_ready(self):
+        pass
+
     async def close(self):
         self.closed = True
 
