@@ -90,6 +90,13 @@ class Speculator:
         for drafter in self.drafters.values():
             drafter.observe(state)
 
+    def drop(self, request_id: int) -> None:
+        """A sequence is given back that waits to be run again."""
+        state = self._states.pop(request_id, None)
+        if state is not None:
+            for drafter in self.drafters.values():
+                drafter.observe(state)
+
     def learn(self, prompt_ids: Sequence[int], token_ids: Sequence[int]) -> None:
         """Take a completion from elsewhere: of an earlier round, or admitted from the swarm."""
         for drafter in self.drafters.values():

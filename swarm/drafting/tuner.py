@@ -7,7 +7,7 @@ sequence, forgotten exponentially. One arm is the incumbent; others are tried in
                 time that was measured, plus a few steps: whatever the rewards are, throughput stays above plain
                 decoding's by that bound, as `OFF` was last measured. Wins are not saved up for later losses.
     hysteresis  an arm has to beat the incumbent by a margin over two bursts; one that loses waits, each time
-                twice as long.
+                twice as long, or four times where it is clearly worse.
     forgetting  `OFF` is measured again and again while speculation is on; a new policy halves what is known, and
                 ends long waits.
 
@@ -42,6 +42,7 @@ _BURST_STEPS = 4
 _MEMORY_STEPS = 48.0  # an arm's reward is a mean over about so many of its own steps
 _LEAST_STEPS = 2 * _BURST_STEPS  # that an arm has to have been tried before it can become the incumbent
 _MARGIN = 0.03  # by which it has to be better
+_CLEARLY = 0.85  # an arm of less than this share of the incumbent's rate is clearly worse
 _WAIT_STEPS = 48  # between two bursts of an arm
 _OFF_WAIT_STEPS = 96  # between two bursts of OFF while speculation is on
 _MAX_WAIT_STEPS = 6144
@@ -84,9 +85,10 @@ class _Arm:
             keep = _LEAST_STEPS / self.num_steps
             self.progress, self.elapsed_s, self.num_steps = self.progress * keep, self.elapsed_s * keep, _LEAST_STEPS
 
-    def lost(self, at: int) -> None:
-        """Wait twice as long for the next try."""
-        self.due, self.wait_steps = at + self.wait_steps, min(2 * self.wait_steps, _MAX_WAIT_STEPS)
+    def lost(self, at: int, *, clearly: bool = False) -> None:
+        """Wait twice as long for the next try, or four times."""
+        self.due = at + self.wait_steps
+        self.wait_steps = min((4 if clearly else 2) * self.wait_steps, _MAX_WAIT_STEPS)
 
     def forget(self, at: int) -> None:
         """The policy has changed."""
@@ -102,6 +104,7 @@ class _Bucket:
     chosen: int = 0
     burst_left: int = 0  # steps that the arm which is tried still has
     step: int = 0
+    look_at: int = 0  # step from which on to look whether an arm is due
     total_s: float = 0.0
     lost_s: float = 0.0  # the ledger
 
@@ -111,8 +114,9 @@ class StrategyTuner:
     """Chooses a strategy for each decode step. Holds no clock: who calls it measures."""
 
     strategies: Sequence[Strategy]  # beside OFF
-    max_lost_share: float = 0.02  # of the time, that speculation may lose against plain decoding
+    max_lost_share: float = 0.01  # of the time, that speculation may lose against plain decoding
     _buckets: dict[int, _Bucket] = field(default_factory=dict, init=False)
+    _bucket_of_size: dict[int, _Bucket] = field(default_factory=dict, init=False)
     _all: list[Strategy] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -124,20 +128,23 @@ class StrategyTuner:
     def choose(self, num_running: int) -> Strategy:
         """Return the strategy of the next step with so many sequences."""
         bucket = self._bucket(num_running)
-        if bucket.burst_left == 0 or not self._affords(bucket, bucket.chosen):
+        if not bucket.burst_left or not self._affords(bucket, bucket.chosen):
             bucket.burst_left = 0
             bucket.chosen = self._next(bucket)
         return self._all[bucket.chosen]
 
     def _next(self, bucket: _Bucket) -> int:
         """Return the arm of the next steps, and begin a burst where it is not the incumbent."""
-        if not self._affords(bucket, bucket.incumbent):
+        if bucket.incumbent and not self._affords(bucket, bucket.incumbent):
             self._retreat(bucket)
+        if bucket.step < bucket.look_at or bucket.arms[0].num_steps < _BURST_STEPS - 0.5:
+            return bucket.incumbent
+        bucket.look_at = bucket.step + _BURST_STEPS
         waiting = [
             (arm.due, index) for index, arm in enumerate(bucket.arms)
             if index != bucket.incumbent and arm.due <= bucket.step and self._affords(bucket, index, _BURST_STEPS)
         ]  # fmt: skip
-        if waiting and bucket.arms[0].num_steps >= _BURST_STEPS:
+        if waiting:
             bucket.burst_left, (_, index) = _BURST_STEPS, min(waiting)
             bucket.arms[index].begin_burst()
             return index
@@ -189,7 +196,7 @@ class StrategyTuner:
             incumbent.due = bucket.step + _WAIT_STEPS
             bucket.incumbent = bucket.chosen
         else:
-            arm.lost(bucket.step)
+            arm.lost(bucket.step, clearly=arm.rate < _CLEARLY * incumbent.rate)
 
     def _retreat(self, bucket: _Bucket) -> None:
         """Speculation has come to lose: it is off until an arm has won again."""
@@ -224,7 +231,7 @@ class StrategyTuner:
 
     def load_state(self, plain: Mapping[str, Any]) -> None:
         """Go on with what `state` returned. Strategies that it does not know begin anew; unknown ones are dropped."""
-        self._buckets = {}
+        self._buckets, self._bucket_of_size = {}, {}
         keys = [strategy.key for strategy in self._all]
         for size, one in plain.items():
             arms = [_Arm(*one["arms"][key]) if key in one["arms"] else _Arm() for key in keys]
@@ -234,8 +241,10 @@ class StrategyTuner:
             )
 
     def _bucket(self, num_running: int) -> _Bucket:
-        size = bucket_of(num_running)
-        bucket = self._buckets.get(size)
+        bucket = self._bucket_of_size.get(num_running)
         if bucket is None:
-            bucket = self._buckets[size] = _Bucket([_Arm() for _ in self._all])
+            size = bucket_of(num_running)
+            if size not in self._buckets:
+                self._buckets[size] = _Bucket([_Arm() for _ in self._all])
+            bucket = self._bucket_of_size[num_running] = self._buckets[size]
         return bucket

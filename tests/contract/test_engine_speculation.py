@@ -185,6 +185,18 @@ def test_new_weights_take_effect_between_two_verifications(kind):
     assert completion.token_ids == expected.token_ids
 
 
+def test_nothing_is_known_of_a_sequence_that_was_given_back(kind):
+    """Neither of one that ran nor of one that new weights sent back to wait."""
+    engine = engine_with(kind, Scripted(written(kind), 1.0), max_slots=2, depth=2)
+    engine.submit(REQUESTS[:4])
+    engine.step()
+    engine.load_policy(kind.model.state_dict(), 0)
+    engine.abort([0])
+    engine.step()
+    engine.abort()
+    assert engine.speculator._states == {}
+
+
 def iter_done(engine):
     while engine.num_unfinished:
         yield from engine.step()

@@ -317,6 +317,8 @@ class TorchEngine(Engine):
             if wanted is None or running.request.request_id in wanted:
                 self._waiting.remove(running)
                 stopped.append(running.unstarted())
+                if self.speculator is not None:
+                    self.speculator.drop(running.request.request_id)
         running_too = [one for one in self._slots if wanted is None or one.request.request_id in wanted]
         return stopped + self._finish([(running, "aborted") for running in running_too])
 

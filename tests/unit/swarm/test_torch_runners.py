@@ -10,6 +10,9 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from swarm.config import EngineConfig
+from swarm.drafting.ngram import NgramDrafter
+from swarm.drafting.speculator import Speculator
+from swarm.drafting.tuner import Strategy
 from swarm.engine.base import Request, SamplingParams
 from swarm.engine.torch import TorchEngine
 from swarm.engine.torch.generic import GenericRunner
@@ -77,10 +80,18 @@ def model_of(name: str) -> Any:
     return model
 
 
-def engine_for(model: Any, runner: Any = None) -> TorchEngine:
+def engine_for(model: Any, runner: Any = None, speculator: Speculator | None = None) -> TorchEngine:
     return TorchEngine(
-        model, eos_token_ids=(), config=EngineConfig(max_slots=3), max_seq_len=64, runner=runner
+        model, eos_token_ids=(), config=EngineConfig(max_slots=3), max_seq_len=64, runner=runner, speculator=speculator
     )  # fmt: skip
+
+
+class Ragged(NgramDrafter):
+    """Drafts of all lengths, which are right now and then."""
+
+    def propose(self, states: Any, depth: int, budget: int) -> list[list[int]]:
+        return [[(7 * i + len(state.tokens)) % 203 for i in range(min(len(state.tokens) % 5, state.room))]
+                for state in states]  # fmt: skip
 
 
 def check(model: Any, engine: TorchEngine) -> None:
@@ -100,6 +111,13 @@ def check(model: Any, engine: TorchEngine) -> None:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_generic_runner_computes_what_the_model_computes(name):
     check(model_of(name), engine_for(model_of(name), GenericRunner))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_so_it_does_where_it_verifies_drafts(name):
+    engine = engine_for(model_of(name), GenericRunner, Speculator([Ragged()], Strategy("ngram", 4, 12)))
+    check(model_of(name), engine)
+    assert engine.stats.num_speculated_tokens > 30
 
 
 @pytest.mark.parametrize("name", sorted(FUSED))
