@@ -49,7 +49,7 @@ RETRY_S = 5.0  # until a batch is tried again
 SLOW_S = 1.5  # after which a pull no longer counts
 COUNT_AGAIN_S = 1.0  # how often authors with a record are counted
 SLOW_FOR_S = 60.0  # how long its holder is asked last
-MAX_SLOW_FACTOR = 2  # frames in slow pulls, for each group of the reserve: they may all come in the end
+MAX_SLOW_FACTOR = 8  # frames in slow pulls, for each group of the reserve: they may all come in the end
 _SERVED_BURST_S = 8.0
 
 
