@@ -23,6 +23,7 @@ from swarm.engine.torch.graphs import DecodeStep
 from swarm.engine.torch.llama import LlamaRunner
 from swarm.engine.torch.native import NativeRunner
 from swarm.engine.torch.runner import ModelRunner
+from swarm.types import Completion
 
 _SIZES: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -94,6 +95,16 @@ class Kind:
     @property
     def batch_invariant(self) -> bool:
         return self.setup.batch_invariant
+
+    def check_same(self, got: Completion, expected: Completion) -> None:
+        """Token for token; and bit for bit where the engine promises that."""
+        assert (got.token_ids, got.segments, got.finish_reason) == (
+            expected.token_ids, expected.segments, expected.finish_reason,
+        )  # fmt: skip
+        if self.batch_invariant:
+            assert got.logprobs == expected.logprobs
+        else:
+            assert got.logprobs == pytest.approx(expected.logprobs, abs=1e-4)
 
     @property
     def model(self) -> Any:

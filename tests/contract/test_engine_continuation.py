@@ -45,17 +45,6 @@ def alone(kind) -> dict[int, Completion]:
     return {request.request_id: kind.engine(max_slots=1, eos=EOS).generate([request])[0] for request in REQUESTS}
 
 
-def same(kind, got: Completion, expected: Completion) -> None:
-    """Token for token; and bit for bit where the engine promises that."""
-    assert (got.token_ids, got.segments, got.finish_reason) == (
-        expected.token_ids, expected.segments, expected.finish_reason,
-    )  # fmt: skip
-    if kind.batch_invariant:
-        assert got.logprobs == expected.logprobs
-    else:
-        assert got.logprobs == pytest.approx(expected.logprobs, abs=1e-4)
-
-
 def test_the_requests_show_something(exact_kind):
     done = alone(exact_kind)
     assert sum(len(one.token_ids) for one in done.values()) > 60
@@ -66,7 +55,7 @@ def test_the_requests_show_something(exact_kind):
 @ANY_BATCH
 def test_in_any_batch_and_any_order(kind, max_slots, order):
     for completion in engine_of(kind, max_slots).generate(order):
-        same(kind, completion, alone(kind)[completion.request_id])
+        kind.check_same(completion, alone(kind)[completion.request_id])
 
 
 @given(max_slots=st.integers(1, 6), order=st.permutations(REQUESTS), plan=PLANS)
@@ -97,7 +86,7 @@ def test_interrupted_at_any_step_and_resumed(kind, max_slots, order, plan):
         done.update((one.request_id, one) for one in engine.step())
     assert done.keys() == asked.keys()
     for completion in done.values():
-        same(kind, completion, alone(kind)[completion.request_id])
+        kind.check_same(completion, alone(kind)[completion.request_id])
 
 
 def test_abort_takes_what_is_named(kind):

@@ -53,17 +53,6 @@ def written(kind, updated: bool) -> dict[int, Completion]:
     return {request.request_id: engine.generate([request])[0] for request in REQUESTS}
 
 
-def same(kind, got: Completion, expected: Completion) -> None:
-    """Token for token; and bit for bit where the engine promises that."""
-    assert (got.token_ids, got.segments, got.finish_reason) == (
-        expected.token_ids, expected.segments, expected.finish_reason,
-    )  # fmt: skip
-    if kind.batch_invariant:
-        assert got.logprobs == expected.logprobs
-    else:
-        assert got.logprobs == pytest.approx(expected.logprobs, abs=1e-4)
-
-
 def common(first, second) -> int:
     """How many tokens two completions begin with alike."""
     pairs = zip(first.token_ids, second.token_ids, strict=False)
@@ -96,7 +85,7 @@ def test_resumed_under_a_new_policy_is_written_from_scratch_under_it(kind, order
         done.update((one.request_id, one) for one in engine.step())
     for index, completion in done.items():
         assert completion.segments == (Segment(3, 0, len(completion.token_ids)),)
-        same(kind, completion, new[index])
+        kind.check_same(completion, new[index])
 
 
 @given(noise=st.lists(st.integers(0, 202), max_size=30), at=st.integers(0, 12), start=st.integers(0, 12))
@@ -114,7 +103,7 @@ def test_a_draft_may_be_anything_and_may_follow_a_prefix_that_is_kept(kind, nois
         draft = (whole.token_ids[start_at : start_at + at] + tuple(noise))[: request.sampling.max_new_tokens - start_at]
         drafted.append(replace(request, draft=draft, partial=kept if start_at else None))
     for completion in engine_of(kind, 5).generate(drafted):
-        same(kind, completion, truth[completion.request_id])
+        kind.check_same(completion, truth[completion.request_id])
 
 
 def test_what_is_kept_is_counted_and_not_generated_again(exact_kind):
@@ -134,7 +123,7 @@ def test_a_draft_that_the_policy_wrote_itself_costs_one_pass(kind):
     done = {one.request_id: one for one in engine.step()}
     assert done.keys() == truth.keys()
     for index, completion in done.items():
-        same(kind, completion, truth[index])
+        kind.check_same(completion, truth[index])
     assert (engine.stats.num_tokens_generated, engine.stats.num_steps) == (generated, steps)
 
 
@@ -180,7 +169,7 @@ def test_many_long_drafts_are_verified_in_several_passes(kind):
     assert len(passes) > 2
     assert all(sum(each) <= 40 or len(each) == 1 for each in passes)
     for completion in done:
-        same(kind, completion, truth[completion.request_id])
+        kind.check_same(completion, truth[completion.request_id])
 
 
 @pytest.mark.parametrize(("draft", "message"), [((1,) * 9, "longer|more tokens"), ((1, 203), "outside the vocab")])

@@ -86,20 +86,9 @@ def engine_with(kind, drafter, max_slots=4, depth=6, num_verified=24):
     )
 
 
-def same(kind, got: Completion, expected: Completion) -> None:
-    """Token for token; and bit for bit where the engine promises that."""
-    assert (got.token_ids, got.segments, got.finish_reason) == (
-        expected.token_ids, expected.segments, expected.finish_reason,
-    )  # fmt: skip
-    if kind.batch_invariant:
-        assert got.logprobs == expected.logprobs
-    else:
-        assert got.logprobs == pytest.approx(expected.logprobs, abs=1e-4)
-
-
 def all_same(kind, done, truth) -> None:
     for completion in done:
-        same(kind, completion, truth[completion.request_id])
+        kind.check_same(completion, truth[completion.request_id])
 
 
 @given(
@@ -111,7 +100,7 @@ def test_any_drafter_leaves_completions_as_they_are(kind, order, max_slots, dept
     truth = written(kind)
     drafter = Scripted(truth, share, seed)
     for completion in engine_with(kind, drafter, max_slots, depth).generate(order):
-        same(kind, completion, truth[completion.request_id])
+        kind.check_same(completion, truth[completion.request_id])
     assert len(drafter.seen) == len(order)
 
 
@@ -120,7 +109,7 @@ def test_every_family_is_left_as_it_is(exact_kind, share):
     truth = written(exact_kind)
     engine = engine_with(exact_kind, Scripted(truth, share), max_slots=5)
     for completion in engine.generate(REQUESTS):
-        same(exact_kind, completion, truth[completion.request_id])
+        exact_kind.check_same(completion, truth[completion.request_id])
     stats = engine.stats
     assert stats.num_tokens_generated == sum(len(one.token_ids) for one in truth.values())
     assert (stats.num_draft_tokens, stats.num_draft_tokens_kept) == (0, 0)
@@ -143,7 +132,7 @@ def test_the_real_drafters(kind, drafter):
     plain = kind.engine(max_slots=2, eos=EOS).generate(group)
     engine = engine_with(kind, drafter(), max_slots=2)
     for completion, truth in zip(engine.generate(group), plain, strict=True):
-        same(kind, completion, truth)
+        kind.check_same(completion, truth)
     if drafter is SuffixDrafter:  # requests 2 and 3 write what 0 and 1 have written
         assert engine.stats.num_speculated_tokens_kept > 20
 
@@ -158,9 +147,9 @@ def test_interrupted_under_drafts_and_resumed(kind):
     again = [replace(one, request_id=100 + one.request_id, partial=partial.get(one.request_id)) for one in missing]
     for completion in engine.generate(again):
         number = completion.request_id - 100
-        same(kind, replace(completion, request_id=number), truth[number])
+        kind.check_same(replace(completion, request_id=number), truth[number])
     for number, completion in done.items():
-        same(kind, completion, truth[number])
+        kind.check_same(completion, truth[number])
     assert any(partial.values())
 
 
