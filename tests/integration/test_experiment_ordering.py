@@ -1,4 +1,8 @@
-"""What sharing is for: nodes that learn from each other earn more than the same nodes alone, on the same seeds."""
+"""What sharing is for: nodes that learn from each other earn more than the same nodes alone, on the same seeds.
+
+The paper's recipe on `configs/sapo.toml`, forty rounds of it, in which 4/4 earns about twice as much. Without what
+others wrote both arms ask the same questions and learn the same from them.
+"""
 
 import json
 import os
@@ -8,25 +12,22 @@ from pathlib import Path
 
 import pytest
 
-NUM_NODES, ROUNDS, SEEDS = 8, 100, 1
-MARGIN = 1.10  # of cumulative reward, 4/4 over 8/0
+CONFIG = Path(__file__).parents[2] / "configs/sapo.toml"
+SIZE = "--arms 8/0,4/4 --nodes 8 --seeds 1 --rounds 40 --jobs 2".split()
+EVALUATION = ["--set", "evaluation.num_items=64", "--set", "evaluation.every_rounds=0"]
+MARGIN = 1.4  # of cumulative reward, 4/4 over 8/0
 PROGRAM = str(Path(sys.executable).parent / "swarm-node")
 
 
-@pytest.mark.soak
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(300)
 def test_four_own_and_four_of_others_earn_more_than_eight_own(tmp_path):
-    given = f"--model tiny --arms 8/0,4/4 --nodes {NUM_NODES} --rounds {ROUNDS} --seeds {SEEDS}".split()
+    given = ["experiment", "sapo", "--config", str(CONFIG), *SIZE, *EVALUATION, "--run-dir", str(tmp_path / "run")]
     done = subprocess.run(
-        [PROGRAM, "experiment", "sapo", *given, "--run-dir", str(tmp_path / "run"), "--json"],
-        capture_output=True,
-        text=True,
-        check=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        [PROGRAM, *given, "--json"], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
-    found = json.loads(done.stdout.splitlines()[-1])
-    print((tmp_path / "run/results.md").read_text())
-    silo, half = found["arms"]
-    assert half["measures"]["external_missing_share"]["mean"] < 0.02
+    assert done.returncode == 0, done.stderr
+    silo, half = json.loads(done.stdout.splitlines()[-1])["arms"]
+    ours, theirs = half["measures"], silo["measures"]
     assert half["against"]["8/0"]["reward_cumulative"]["ratio"]["mean"] > MARGIN
-    assert half["measures"]["num_completions"]["mean"] < 0.6 * silo["measures"]["num_completions"]["mean"]
+    assert ours["heldout_after"]["mean"] > theirs["heldout_after"]["mean"]
+    assert ours["num_tokens_generated"]["mean"] < 0.9 * theirs["num_tokens_generated"]["mean"]
