@@ -64,11 +64,12 @@ def sapo(
 
 @experiment.command()
 @click.argument("run_dir", type=click.Path(path_type=Path))
+@click.option("--arms", metavar="NAMES", help="Draw the curves of these alone, with commas.  [all]")
 @click.option("--json", "as_json", is_flag=True, help="Print what results.json holds.")
-def plot(run_dir: Path, as_json: bool) -> int:
+def plot(run_dir: Path, arms: str | None, as_json: bool) -> int:
     """Draw every table and figure of the experiment in RUN_DIR anew."""
     from node.experiment.report import table, write_report
 
-    summary = write_report(run_dir)
+    summary = write_report(run_dir, [name.strip() for name in (arms or "").split(",") if name.strip()])
     print(json.dumps(summary) if as_json else table(summary), end="\n" if as_json else "", flush=True)
     return 0

@@ -1,7 +1,7 @@
 """The table of an experiment, as Markdown for people and as JSON for programs."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,19 +9,26 @@ from typing import Any
 from node.experiment.figures import draw
 from node.experiment.results import compare, read_results
 from node.run_folder import write_atomically
+from swarm.errors import UserError
 
 __all__ = ["table", "write_report"]
 
 Summary = dict[str, Any]
 
 
-def write_report(folder: Path) -> Summary:
-    """Write results.json, results.md and every figure from the units in a folder; return what results.json holds."""
+def write_report(folder: Path, curves_of: Sequence[str] = ()) -> Summary:
+    """Write results.json, results.md and every figure from the units in a folder; return what results.json holds.
+
+    `curves_of` are the arms whose curves are drawn; empty: all. Raises UserError for one that is not there.
+    """
     plan, results = read_results(folder)
+    for name in curves_of:
+        if name not in results:
+            raise UserError(f"{folder} has no finished unit of arm {name}; it has {', '.join(results)}")
     summary = compare(plan, results)
     write_atomically(folder / "results.json", json.dumps(summary, indent=1, allow_nan=False) + "\n")
     write_atomically(folder / "results.md", table(summary))
-    draw(folder, summary, results)
+    draw(folder, summary, results, curves_of)
     return summary
 
 

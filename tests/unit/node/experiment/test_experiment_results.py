@@ -108,6 +108,21 @@ def test_nodes_that_differ_have_a_table_of_their_own(tmp_path):
     write(tmp_path / "alike", plan())
     write_report(tmp_path / "alike")
     assert "Each node" not in (tmp_path / "alike/results.md").read_text()
+    assert (tmp_path / "skills.png").read_bytes().startswith(b"\x89PNG")
+    assert not (tmp_path / "alike/skills.png").exists()
+
+
+def test_curves_of_some_arms_can_be_drawn_and_the_tables_have_all(tmp_path):
+    write(tmp_path, plan())
+    write_report(tmp_path)
+    all_arms = {name: (tmp_path / name).read_bytes() for name in ("reward.png", "cumulative.png", "results.md")}
+    write_report(tmp_path, ["4/4"])
+    some = {name: (tmp_path / name).read_bytes() for name in all_arms}
+    assert some["results.md"] == all_arms["results.md"]
+    assert some["cumulative.png"] == all_arms["cumulative.png"]
+    assert some["reward.png"] != all_arms["reward.png"]
+    with pytest.raises(UserError, match="has no finished unit of arm 3/5; it has 8/0, 4/4"):
+        write_report(tmp_path, ["4/4", "3/5"])
 
 
 def test_arms_are_compared_over_the_seeds_that_both_have(tmp_path):
