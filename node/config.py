@@ -44,6 +44,7 @@ MAY_CHANGE_ON_RESUME = (
     "sapo.num_external",
     "sapo.num_local",
     "sapo.publish",
+    "sapo.replace_missing",
     "sapo.sampling",
     "sapo.swing_damping",
     "sapo.uniform_share",

@@ -125,6 +125,9 @@ class SapoConfig(Section):
     fill: bool = Field(
         True, description="whether groups of others also take the places of own groups that have no advantage"
     )
+    replace_missing: bool = Field(
+        True, description="whether as many own groups take the places of external ones that are not there"
+    )
     external_negative_weight: float = Field(
         0.3, ge=0, le=1, description="weight of external completions that are worse than their siblings; the paper's: 1"
     )

@@ -22,7 +22,7 @@ Departures from the paper:
 - External groups are sampled when a round begins, not when it ends. Those that are not there then are missing:
   they are counted, and as many more own questions are asked in the same round. So a node never waits for a peer,
   a batch has I + J groups whoever is there, and a node that is cut off learns as it would alone. A group that
-  arrives while the round is under way is there for the next one.
+  arrives while the round is under way is there for the next one. Without `replace_missing` the batch is smaller.
 - With `fill`, groups of others also take the places of own groups without any advantage, as far as they are there:
   J adapts to each round, and is larger where own rewards are sparse. A batch never has more than I + J groups.
 - What others wrote and their siblings did better is pushed down with `external_negative_weight`, not in full. The own
@@ -62,8 +62,8 @@ def build_batch(
     """Choose external groups and as many own ones as make up the batch, and compute advantages.
 
     External groups are `num_external`; with `fill`, as many as leave room for the useful own ones. Own groups are
-    `num_local`, and one for every external group that is missing, as far as there are so many. All groups have been
-    scored. `rng` is drawn from only where there is more to choose from than is needed.
+    `num_local`, and with `replace_missing` one for every external group that is missing, as far as there are so many.
+    All groups have been scored. `rng` is drawn from only where there is more to choose from than is needed.
     `again` are own questions that others have asked: their answers join the own group, which counts as an own one, and
     each of them as an external group. `external_weight` scales every advantage of what others wrote.
     Raises ValueError for a group that has not been scored.
@@ -76,7 +76,7 @@ def build_batch(
     useful_external = [group for group in external_groups if group is not None]
     room = config.num_external
     if config.fill:
-        room = max(room, num_own_groups(config, len(useful_own)))
+        room = max(room, config.num_local + config.num_external - len(useful_own))
     chosen_external = _choose(useful_external, max(0, room - num_merged), rng)
     num_external = len(chosen_external) + num_merged
     num_own = num_own_groups(config, num_external)
@@ -92,7 +92,8 @@ def build_batch(
 
 def num_own_groups(config: SapoConfig, num_external: int) -> int:
     """Return how many own groups go with `num_external` groups of others: I, and those that replace missing ones."""
-    return config.num_local + config.num_external - num_external
+    room = config.num_local + config.num_external - num_external
+    return room if config.replace_missing else min(config.num_local, room)
 
 
 def num_to_fill(

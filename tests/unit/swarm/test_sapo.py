@@ -64,6 +64,17 @@ def test_missing_external_groups_are_counted_and_replaced_by_own_ones():
     assert len(build_batch(own[:5], [], config, random.Random(0)).groups) == 5, "there may be fewer"
 
 
+def test_missing_external_groups_may_leave_the_batch_smaller():
+    own = [make_group(number, MIXED) for number in range(8)]
+    config = SapoConfig(num_local=4, num_external=4, replace_missing=False)
+    external = [make_group(number, MIXED) for number in (20, 21, 22, 23, 24, 25)]
+    assert [num_own_groups(config, num_external) for num_external in (0, 1, 4, 6)] == [4, 4, 4, 2]
+    batch = build_batch(own, external[:1], config, random.Random(0))
+    assert (len(batch.groups), batch.num_external_missing) == (5, 3)
+    filled = build_batch(own[:2], external, config, random.Random(0))
+    assert (len(filled.groups), filled.num_external_missing) == (8, 0)
+
+
 def test_an_external_group_that_turns_out_useless_is_missing():
     own = [make_group(number, MIXED) for number in range(8)]
     config = SapoConfig(num_local=1, num_external=1)
