@@ -5,12 +5,13 @@ The processes are what a person would start by hand, with `--json`, so that thei
 
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final, TextIO
 
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
+from rich.measure import Measurement
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -30,6 +31,7 @@ _POLL_S: Final = 0.25
 _STATUS_INTERVAL_S: Final = 2.0
 _LINE_INTERVAL_S: Final = 10.0
 _CHART_WIDTH: Final = 32
+_WIDEST: Final = 1000  # columns of a terminal that a table is measured for
 
 
 class DemoFailed(UserError):
@@ -105,7 +107,7 @@ def _follow(processes: Sequence[NodeProcess], nodes: Sequence[NodeProcess], roun
     """Show the nodes until all are done."""
     asked_s = said_s = time.monotonic()
     shows_table = console.is_terminal and not console.is_dumb_terminal
-    with Live(_table(nodes, rounds), console=console, auto_refresh=False, transient=True) as live:
+    with Live(_table(nodes, rounds, console), console=console, auto_refresh=False, transient=True) as live:
         while any(node.status_code is None for node in nodes):
             _refuse_ended(processes)
             now_s = time.monotonic()
@@ -115,14 +117,14 @@ def _follow(processes: Sequence[NodeProcess], nodes: Sequence[NodeProcess], roun
                     if node.status_code is None:
                         node.ask()
             if shows_table:
-                live.update(_table(nodes, rounds), refresh=True)
+                live.update(_table(nodes, rounds, console), refresh=True)
             elif now_s - said_s >= _LINE_INTERVAL_S:
                 said_s = now_s
                 console.print("   ".join(map(_line, nodes)), highlight=False, soft_wrap=True)
             time.sleep(_POLL_S)
         live.update("")
     _refuse_ended(processes)
-    console.print(_table(nodes, rounds))
+    console.print(_table(nodes, rounds, console))
 
 
 def _line(node: NodeProcess) -> str:
@@ -132,33 +134,50 @@ def _line(node: NodeProcess) -> str:
     return f"{node.name} round {row['round']} reward {row['reward_moving_average']:.3f} peers {row['num_peers']}"
 
 
-def _table(nodes: Sequence[NodeProcess], rounds: int) -> Table:
-    table = Table(title="a swarm on this machine", title_justify="left")
-    for name in ("node", "round", "", "reward", "held-out", "from others", "their reward", "peers", "in / out"):
-        table.add_column(name, justify="left" if name in ("node", "", "reward") else "right", no_wrap=True)
+def _table(nodes: Sequence[NodeProcess], rounds: int, console: Console) -> Table:
+    columns: dict[str, list[RenderableType]] = {}
     for node in nodes:
-        rows = node.rows
-        if not rows:
-            table.add_row(node.name, "", Text("loading", style="dim"))
-            continue
-        row, last = rows[-1], rows[-20:]
-        heldout = next((one["pass_at_1_heldout"] for one in reversed(rows) if "pass_at_1_heldout" in one), None)
-        num_external = sum(one["num_external"] for one in last)
-        num_groups = num_external + sum(one["num_local"] for one in last)
-        theirs = [one["reward_external_mean"] for one in last if one["reward_external_mean"] is not None]
-        num_in, num_out = (sum(one[name] for one in rows) for name in ("bytes_in", "bytes_out"))
-        curve = sparkline([one["reward_moving_average"] for one in rows], 16)
-        table.add_row(
-            node.name,
-            f"{row['round']}",
-            ProgressBar(total=rounds, completed=row["round"], width=12),
-            Text(f"{row['reward_moving_average']:.3f} ") + Text(curve, style="green"),
-            "" if heldout is None else f"{heldout:.3f}",
-            f"{num_external / num_groups:.0%}",
-            f"{sum(theirs) / len(theirs):.3f}" if theirs else "",
-            str(row["num_peers"]),
-            f"{size(num_in)} / {size(num_out)}",
-        )
+        for name, cell in _cells(node, rounds).items():
+            columns.setdefault(name, []).append(cell)
+    return _fitting(columns, ("their reward", "in / out", "", "peers", "from others"), "a swarm on this machine", console)
+
+
+def _cells(node: NodeProcess, rounds: int) -> dict[str, RenderableType]:
+    """Return a node's row of the table, by column."""
+    rows, last = node.rows, node.rows[-20:]
+    row = rows[-1] if rows else None
+    heldout = next((one["pass_at_1_heldout"] for one in reversed(rows) if "pass_at_1_heldout" in one), None)
+    num_external = sum(one["num_external"] for one in last)
+    num_groups = num_external + sum(one["num_local"] for one in last)
+    theirs = [one["reward_external_mean"] for one in last if one["reward_external_mean"] is not None]
+    num_in, num_out = (sum(one[name] for one in rows) for name in ("bytes_in", "bytes_out"))
+    curve = Text(sparkline([one["reward_moving_average"] for one in rows], 16), style="green")
+    return {
+        "node": node.name,
+        "round": "" if row is None else str(row["round"]),
+        "": "" if row is None else ProgressBar(total=rounds, completed=row["round"], width=12),
+        "reward": Text("loading", style="dim") if row is None else Text(f"{row['reward_moving_average']:.3f} ") + curve,
+        "held-out": "" if heldout is None else f"{heldout:.3f}",
+        "from others": f"{num_external / num_groups:.0%}" if num_groups else "",
+        "their reward": f"{sum(theirs) / len(theirs):.3f}" if theirs else "",
+        "peers": "" if row is None else str(row["num_peers"]),
+        "in / out": "" if row is None else f"{size(num_in)} / {size(num_out)}",
+    }
+
+
+def _fitting(
+    columns: Mapping[str, Sequence[RenderableType]], dispensable: Sequence[str], title: str, console: Console
+) -> Table:
+    """Make a table of whole columns. Where the terminal is too narrow, dispensable ones are left out, in their order."""
+    for num_left_out in range(len(dispensable) + 1):
+        shown = {name: cells for name, cells in columns.items() if name not in dispensable[:num_left_out]}
+        table = Table(title=title, title_justify="left")
+        for name in shown:
+            table.add_column(name, justify="left" if name in ("node", "", "reward") else "right", no_wrap=True)
+        for row in zip(*shown.values(), strict=True):
+            table.add_row(*row)
+        if Measurement.get(console, console.options.update(max_width=_WIDEST), table).maximum <= console.width:
+            break
     return table
 
 
@@ -175,24 +194,30 @@ def _conclude(nodes: Sequence[NodeProcess], folder: Path, seconds: float, consol
         began = node.rows[0].get("pass_at_1_heldout_before")
         before = "" if began is None else f"{began:.3f} → "
         curves.add_row(node.name, Text(curve, style="green"), f"held-out pass@1 {before}{points[-1]:.3f}")
-    wire = Table(title="what they exchanged", title_justify="left")
-    for name in ("node", "published", "admitted", "used", "missing", "of batches", "in", "out", "in / group used"):
-        wire.add_column(name, justify="left" if name == "node" else "right")
+    columns: dict[str, list[RenderableType]] = {}
     for node in nodes:
-        used = sum(row["num_external"] for row in node.rows)
-        share = used / (used + sum(row["num_local"] for row in node.rows))
-        num_in, num_out = (sum(row[name] for row in node.rows) for name in ("bytes_in", "bytes_out"))
-        published = (node.status or {}).get("swarm") or {}
-        wire.add_row(
-            node.name,
-            f"{published.get('groups_published', 0):,}",
-            f"{sum(row['num_admitted'] for row in node.rows):,}",
-            f"{used:,}",
-            f"{sum(row['num_external_missing'] for row in node.rows):,}",
-            f"{share:.0%}",
-            size(num_in),
-            size(num_out),
-            size(num_in / used) if used else "",
-        )
+        for name, cell in _exchanged(node).items():
+            columns.setdefault(name, []).append(cell)
+    dispensable = ("in / group used", "of batches", "out", "admitted", "published")
+    wire = _fitting(columns, dispensable, "what they exchanged", console)
     console.print(Group(Text(f"done in {duration(seconds)}", style="bold"), curves, wire))
     console.print(f"written: {picture}, and the runs beside it", highlight=False, soft_wrap=True)
+
+
+def _exchanged(node: NodeProcess) -> dict[str, str]:
+    """Return a node's row of what it exchanged, by column."""
+    used = sum(row["num_external"] for row in node.rows)
+    share = used / (used + sum(row["num_local"] for row in node.rows))
+    num_in, num_out = (sum(row[name] for row in node.rows) for name in ("bytes_in", "bytes_out"))
+    published = (node.status or {}).get("swarm") or {}
+    return {
+        "node": node.name,
+        "published": f"{published.get('groups_published', 0):,}",
+        "admitted": f"{sum(row['num_admitted'] for row in node.rows):,}",
+        "used": f"{used:,}",
+        "missing": f"{sum(row['num_external_missing'] for row in node.rows):,}",
+        "of batches": f"{share:.0%}",
+        "in": size(num_in),
+        "out": size(num_out),
+        "in / group used": size(num_in / used) if used else "",
+    }
