@@ -139,7 +139,8 @@ def _table(nodes: Sequence[NodeProcess], rounds: int, console: Console) -> Table
     for node in nodes:
         for name, cell in _cells(node, rounds).items():
             columns.setdefault(name, []).append(cell)
-    return _fitting(columns, ("their reward", "in / out", "", "peers", "from others"), "a swarm on this machine", console)
+    dispensable = ("their reward", "in / out", "", "peers", "from others")
+    return _fitting(columns, dispensable, "a swarm on this machine", console)
 
 
 def _cells(node: NodeProcess, rounds: int) -> dict[str, RenderableType]:
@@ -168,7 +169,7 @@ def _cells(node: NodeProcess, rounds: int) -> dict[str, RenderableType]:
 def _fitting(
     columns: Mapping[str, Sequence[RenderableType]], dispensable: Sequence[str], title: str, console: Console
 ) -> Table:
-    """Make a table of whole columns. Where the terminal is too narrow, dispensable ones are left out, in their order."""
+    """Make a table of whole columns; dispensable ones are left out, in their order, where the terminal is too narrow."""
     for num_left_out in range(len(dispensable) + 1):
         shown = {name: cells for name, cells in columns.items() if name not in dispensable[:num_left_out]}
         table = Table(title=title, title_justify="left")
