@@ -169,7 +169,7 @@ def _cells(node: NodeProcess, rounds: int) -> dict[str, RenderableType]:
 def _fitting(
     columns: Mapping[str, Sequence[RenderableType]], dispensable: Sequence[str], title: str, console: Console
 ) -> Table:
-    """Make a table of whole columns; dispensable ones are left out, in their order, where the terminal is too narrow."""
+    """Make a table of whole columns; where the terminal is too narrow, dispensable ones go, in their order."""
     for num_left_out in range(len(dispensable) + 1):
         shown = {name: cells for name, cells in columns.items() if name not in dispensable[:num_left_out]}
         table = Table(title=title, title_justify="left")
