@@ -6,7 +6,7 @@ from swarm.advantage import group_advantages
 from swarm.config import SapoConfig
 from swarm.types import RolloutGroup
 
-__all__ = ["shared_group"]
+__all__ = ["authors_of", "shared_group"]
 
 _ROOM_BYTES = 4096  # of a group, for its task and the framing of its completions
 
@@ -31,6 +31,11 @@ def shared_group(group: RolloutGroup, config: SapoConfig) -> SharedGroup | None:
     if not completions or (config.publish == "informative" and not any(group_advantages(rewards, config))):
         return None
     return SharedGroup(group.task.ref, tuple(completions))
+
+
+def authors_of(group: RolloutGroup) -> frozenset[int]:
+    """Return the versions of this node's policy that wrote a group."""
+    return frozenset(part.policy_version for completion in group.completions for part in completion.segments)
 
 
 def _is_unicode(text: str) -> bool:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from node.connection import Connection
 from node.exchange import Exchange
-from node.sharing import shared_group
+from node.sharing import authors_of, shared_group
 from protocol.about import NodeAbout
 from protocol.admission import Rescore, Rescored
 from protocol.member import Member
@@ -61,7 +61,7 @@ class SwarmExchange(Exchange):
         self._is_started = False
         self._rescorer: Rescorer | None = None
         self._can_rescore = asyncio.Event()
-        self._unsent: list[SharedGroup] = []
+        self._unsent: list[tuple[SharedGroup, frozenset[int]]] = []  # with the versions that wrote it
         self._sent_at_s = 0.0  # on the loop's clock
         self._counted = {"groups_admitted": 0, "bytes_in": 0, "bytes_out": 0}
         self._refused: dict[str, int] = {}
@@ -105,7 +105,9 @@ class SwarmExchange(Exchange):
             self._value.observe_own(groups)
         if self._config.publish == "none" or self._member is None:
             return
-        self._unsent += [one for group in groups if (one := shared_group(group, self._config)) is not None]
+        for group in groups:
+            if (shared := shared_group(group, self._config)) is not None:
+                self._unsent.append((shared, authors_of(group)))
         await self._send_if_due(self._member)
 
     async def sample(self, num_groups: int) -> list[RolloutGroup]:
@@ -173,8 +175,8 @@ class SwarmExchange(Exchange):
     async def _send_if_due(self, member: Member) -> None:
         now_s = asyncio.get_running_loop().time()
         if self._unsent and now_s - self._sent_at_s >= _PUBLISH_INTERVAL_S:
-            groups, self._unsent, self._sent_at_s = self._unsent, [], now_s
-            await member.publish(groups)
+            unsent, self._unsent, self._sent_at_s = self._unsent, [], now_s
+            await member.publish([group for group, _ in unsent], [authors for _, authors in unsent])
 
     async def _watch(self, member: Member) -> None:
         """Say when the node finds itself alone, and when no longer; send what waits. Ends by being cancelled."""

@@ -1,9 +1,9 @@
 """Positional records: reading the fields of one, in order, each with its type and limit.
 
 A record is a canonical MessagePack array that begins with the major and minor version it is written in. One of
-this minor version has exactly the fields that are known here; one of a newer minor version may have more at its
-end, which are passed over. Whatever else is found raises a Refusal, before memory is taken in proportion to what
-the bytes merely declare.
+this minor version has exactly the fields that are known here, and one of an older minor version those of that
+version; one of a newer minor version may have more at its end, which are passed over. Whatever else is found raises a
+Refusal, before memory is taken in proportion to what the bytes merely declare.
 """
 
 from typing import Any
@@ -32,6 +32,10 @@ class Fields:
     def __init__(self, what: str, values: list[Any], version: tuple[int, int]) -> None:
         self.what, self.version = what, version  # what: the record's name, for messages
         self._values = iter(values)
+
+    def has_since(self, minor: int) -> bool:
+        """Whether the record has the fields that this minor version added."""
+        return self.version[1] >= minor
 
     @property
     def newer(self) -> bool:
@@ -117,10 +121,13 @@ class Fields:
         return Refusal(Reason.BAD_SCHEMA, f"{self.what}: {name} {problem}")
 
 
-def open_record(what: str, data: bytes, *, num_fields: int, max_bytes: int, max_values: int) -> Fields:
+def open_record(
+    what: str, data: bytes, *, num_fields: int, max_bytes: int, max_values: int, added: tuple[int, ...] = ()
+) -> Fields:
     """Return the fields that follow the version.
 
-    num_fields: those of this minor version, the two of the version not counted.
+    num_fields: those of minor version 0, the two of the version not counted.
+    added: the minor versions that each appended one field.
     max_values: scalars and containers in the largest record of this minor version.
     """
     if len(data) > max_bytes:
@@ -133,9 +140,9 @@ def open_record(what: str, data: bytes, *, num_fields: int, max_bytes: int, max_
         values = codec.decode(data, max_bytes=max_bytes, max_values=max_values + _NUM_SPARE_VALUES)
     except CodecError as error:
         raise Refusal(Reason.BAD_SCHEMA, f"{what}: {error}") from error
-    found = len(values) - 2
-    if found < num_fields or (found > num_fields and version <= PROTOCOL_VERSION):
-        raise Refusal(Reason.BAD_SCHEMA, f"{what}: {found} fields after the version instead of {num_fields}")
+    found, expected = len(values) - 2, num_fields + sum(version[1] >= minor for minor in added)
+    if found < expected or (found > expected and version <= PROTOCOL_VERSION):
+        raise Refusal(Reason.BAD_SCHEMA, f"{what}: {found} fields after the version instead of {expected}")
     return Fields(what, values[2:], version)
 
 

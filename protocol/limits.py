@@ -29,6 +29,7 @@ __all__ = [
     "MAX_OFFERS",
     "MAX_PEERS",
     "MAX_PEERS_RESPONSE_BYTES",
+    "MAX_POLICY_VERSIONS",
     "MAX_PULL_REQUEST_BYTES",
     "MAX_PULL_RESPONSE_BYTES",
     "MAX_QUIET_S",
@@ -72,7 +73,8 @@ ZSTD_LEVEL = 12  # of what this node writes: half a millisecond a group; higher 
 # A batch and its announcement.
 MAX_FRAMES = 64  # in one batch: which of them a peer holds is one 64-bit mask
 MAX_BATCH_BYTES = 4 * 2**20 - 4 * 2**10  # all frames of one batch: what one response can carry
-MAX_ANNOUNCEMENT_BYTES = 1024  # signature included; with 64 frames of the largest size it has 470
+MAX_ANNOUNCEMENT_BYTES = 1024  # signature included; with 64 frames of the largest size and 32 versions it has 760
+MAX_POLICY_VERSIONS = 32  # that one batch may name: far more than groups are ever begun ahead
 FRESHNESS_S = 600  # an announcement older than this is stale: nobody trains on it, nobody keeps it
 MAX_FUTURE_SKEW_S = 60  # how far a peer's clock may be ahead: what NTP does not mend within a minute is wrong
 

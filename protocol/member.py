@@ -14,7 +14,7 @@ Nothing here waits for a peer: without any, `sample` returns nothing, and the no
 import asyncio
 import random
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -183,10 +183,14 @@ class Member:
             for wait in waits:
                 wait.cancel()
 
-    async def publish(self, groups: Sequence[SharedGroup]) -> None:
-        """Offer own groups to the swarm. A group over a limit of the protocol is left out, and counted as refused."""
+    async def publish(self, groups: Sequence[SharedGroup], authors: Sequence[Collection[int]] | None = None) -> None:
+        """Offer own groups to the swarm. A group over a limit of the protocol is left out, and counted as refused.
+
+        authors: for each group the versions of this node's policy that wrote it; None: not said.
+        """
         frames: list[bytes] = []
-        for group in groups:
+        versions: set[int] = set()
+        for group, wrote_it in zip(groups, authors or [()] * len(groups), strict=True):
             try:
                 frame = encode_frame(group)
             except Refusal as refusal:
@@ -195,14 +199,15 @@ class Member:
             self._admission.note_own(group)
             self._count_published(len(group.completions))
             if len(frames) == MAX_FRAMES or sum(map(len, frames)) + len(frame) > MAX_BATCH_BYTES:
-                self._publish(frames)
-                frames = []
+                self._publish(frames, versions)
+                frames, versions = [], set()
             frames.append(frame)
+            versions.update(wrote_it)
             await asyncio.sleep(0)  # compressing takes milliseconds, and others have requests to answer
         if frames:
-            self._publish(frames)
+            self._publish(frames, versions)
 
-    def _publish(self, frames: list[bytes]) -> None:
+    def _publish(self, frames: list[bytes], policy_versions: Collection[int]) -> None:
         local, now_s = self.local, self.local.clock()
         # A number that grows with time needs no write to disk for each batch to survive a crash.
         self._sequence = max(self._sequence + 1, int(now_s * 1000))
@@ -212,6 +217,7 @@ class Member:
             sequence=self._sequence,
             created_at_ms=int(now_s * 1000),
             frames=frames,
+            policy_versions=policy_versions,
         )
         batch = self.announcements.add(announcement, local.node_id, now_s)
         self.announcements.take(batch, batch.all_frames)

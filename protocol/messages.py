@@ -9,7 +9,7 @@ from typing import Literal
 
 __all__ = ["PROTOCOL_VERSION", "Announcement", "NodeRecord", "SharedCompletion", "SharedGroup", "TaskRef"]
 
-PROTOCOL_VERSION = (1, 0)  # major: nodes that differ do not talk; minor: fields may be added at the end
+PROTOCOL_VERSION = (1, 1)  # major: nodes that differ do not talk; minor: fields may be added at the end
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -54,6 +54,7 @@ class Announcement:
     created_at_ms: int  # unix milliseconds by the author's clock
     frame_sizes: tuple[int, ...]  # bytes of each frame, compressed
     root: bytes  # 32 bytes: over the author's key and the digests of all frames; the name of the batch
+    policy_versions: tuple[int, ...]  # of the author's policy, ascending: those that wrote it; empty: not said
     signature: bytes  # 64 bytes, over the swarm id and every field above
     encoded: bytes = field(repr=False)  # signature and record as the author wrote them: what is verified and relayed
 

@@ -9,7 +9,7 @@ version, author, sequence, time and content, and are verified as they came: also
 fields than are known here.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Literal
 
 from protocol.digests import leaf_of, root_of
@@ -17,6 +17,7 @@ from protocol.identity import Identity, public_key_of, verify
 from protocol.limits import (
     MAX_ADDRESSES,
     MAX_LABEL_BYTES,
+    MAX_POLICY_VERSIONS,
     MAX_SWARM_ID_BYTES,
     MAX_TASKS,
     SIGNATURE_BYTES,
@@ -39,15 +40,25 @@ NODE_RECORD_TAG = b"node record"
 
 
 def sign_announcement(
-    identity: Identity, swarm_id: str, *, sequence: int, created_at_ms: int, frames: Sequence[bytes]
+    identity: Identity,
+    swarm_id: str,
+    *,
+    sequence: int,
+    created_at_ms: int,
+    frames: Sequence[bytes],
+    policy_versions: Collection[int] = (),
 ) -> Announcement:
-    """Return the announcement of a batch. Raises Refusal where the batch is one that nobody takes."""
+    """Return the announcement of a batch. Raises Refusal where the batch is one that nobody takes.
+
+    policy_versions: of the author's policy, those that wrote the batch; the newest of them where they are very many.
+    """
     body = announcement_body(
         author=identity.node_id,
         sequence=sequence,
         created_at_ms=created_at_ms,
         frame_sizes=tuple(len(frame) for frame in frames),
         root=root_of(identity.node_id, [leaf_of(frame) for frame in frames]),
+        policy_versions=tuple(sorted(set(policy_versions))[-MAX_POLICY_VERSIONS:]),
     )
     return decode_announcement(identity.sign(ANNOUNCEMENT_TAG, _message(swarm_id, body)) + body)
 

@@ -9,6 +9,7 @@ Refusal and no other error, whatever the bytes; an encoder raises it for what no
 one another is `requests`'s, and how a batch commits to its frames is `digests`'s.
 """
 
+from itertools import pairwise
 from typing import Literal
 
 from protocol.compression import compress, decompress
@@ -27,6 +28,7 @@ from protocol.limits import (
     MAX_GROUP_BYTES,
     MAX_LABEL_BYTES,
     MAX_NODE_RECORD_BYTES,
+    MAX_POLICY_VERSIONS,
     MAX_SOURCE_BYTES,
     MAX_TASKS,
     PUBLIC_KEY_BYTES,
@@ -94,16 +96,23 @@ def decode_group(data: bytes) -> SharedGroup:
 
 
 def announcement_body(
-    *, author: str, sequence: int, created_at_ms: int, frame_sizes: tuple[int, ...], root: bytes
+    *,
+    author: str,
+    sequence: int,
+    created_at_ms: int,
+    frame_sizes: tuple[int, ...],
+    root: bytes,
+    policy_versions: tuple[int, ...],
 ) -> bytes:
     """Return what an author signs."""
-    fields = [public_key_of(author), sequence, created_at_ms, list(frame_sizes), root]
+    fields = [public_key_of(author), sequence, created_at_ms, list(frame_sizes), root, list(policy_versions)]
     return write_record("announcement", fields, MAX_ANNOUNCEMENT_BYTES - SIGNATURE_BYTES)
 
 
 def decode_announcement(data: bytes) -> Announcement:
     """Return a signed announcement. Its signature is not verified."""
-    signature, fields = _open_signed("announcement", data, 5, MAX_ANNOUNCEMENT_BYTES, 8 + MAX_FRAMES)
+    max_values = 9 + MAX_FRAMES + MAX_POLICY_VERSIONS
+    signature, fields = _open_signed("announcement", data, 5, MAX_ANNOUNCEMENT_BYTES, max_values, added=(1,))
     author = node_id_of(fields.binary("author", PUBLIC_KEY_BYTES))
     sequence = fields.integer("sequence")
     created_at_ms = fields.integer("created_at_ms")
@@ -114,8 +123,9 @@ def decode_announcement(data: bytes) -> Announcement:
     if max(frame_sizes) > MAX_FRAME_BYTES or sum(frame_sizes) > MAX_BATCH_BYTES:
         raise Refusal(Reason.OVERSIZE, f"announcement: frames of {frame_sizes} bytes")
     root = fields.binary("root", ROOT_BYTES)
+    versions = _policy_versions(fields) if fields.has_since(1) else ()
     return Announcement(
-        fields.version, author, sequence, created_at_ms, frame_sizes, root, signature=signature, encoded=data
+        fields.version, author, sequence, created_at_ms, frame_sizes, root, versions, signature=signature, encoded=data
     )
 
 
@@ -159,13 +169,15 @@ def decode_node_record(data: bytes) -> NodeRecord:
     )
 
 
-def _open_signed(what: str, data: bytes, num_fields: int, max_bytes: int, max_values: int) -> tuple[bytes, Fields]:
+def _open_signed(
+    what: str, data: bytes, num_fields: int, max_bytes: int, max_values: int, *, added: tuple[int, ...] = ()
+) -> tuple[bytes, Fields]:
     """Return the signature of a signed record, and its fields."""
     if len(data) > max_bytes:
         raise Refusal(Reason.OVERSIZE, f"{what}: {len(data)} bytes are over the limit of {max_bytes}")
     body = data[SIGNATURE_BYTES:]
     return data[:SIGNATURE_BYTES], open_record(
-        what, body, num_fields=num_fields, max_bytes=max_bytes, max_values=max_values
+        what, body, num_fields=num_fields, max_bytes=max_bytes, max_values=max_values, added=added
     )
 
 
@@ -173,6 +185,15 @@ def _labels(fields: Fields, name: str, max_items: int, max_bytes: int) -> tuple[
     """Return an array of labels."""
     items, num_items = fields.each(name, max_items)
     return tuple(items.label("item", max_bytes) for _ in range(num_items))
+
+
+def _policy_versions(fields: Fields) -> tuple[int, ...]:
+    """Return numbers in ascending order, none twice."""
+    items, num_items = fields.each("policy_versions", MAX_POLICY_VERSIONS)
+    versions = tuple(items.integer("policy_version") for _ in range(num_items))
+    if any(one >= other for one, other in pairwise(versions)):
+        raise fields.bad("policy_versions", "are not in ascending order")
+    return versions
 
 
 def _role(fields: Fields) -> Literal["trainer", "bootstrap"]:

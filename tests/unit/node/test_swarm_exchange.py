@@ -23,7 +23,7 @@ from protocol.shards import record_validator
 from protocol.transport import virtual_time
 from protocol.transport.memory import Faults, MemoryNetwork, MemoryTransport
 from protocol.transport.virtual_time import virtual_clock
-from swarm.types import Completion, RolloutGroup, Task
+from swarm.types import Completion, RolloutGroup, Segment, Task
 
 ROUND_S = 0.5  # of virtual time
 CONFIG = RunConfig.model_validate(
@@ -398,3 +398,22 @@ def test_leaving_waits_for_a_write_that_is_under_way(tmp_path, monkeypatch):
 
     asyncio.run(main())
     assert writes == ["begun", "ended", "begun", "ended"]
+
+
+def test_a_batch_says_which_versions_of_the_policy_wrote_it(harness):
+    def written_by(index, *segments):
+        completions = tuple(Completion(n, (n, n), (-0.5,) * 2, segments, "stop") for n in range(4))
+        return replace(written(index), completions=completions)
+
+    async def main():
+        giver = await Swarm(harness).start("giver")
+        await asyncio.sleep(5)
+        await giver.exchange.publish(
+            [written_by(1, Segment(7, 0, 2)), written_by(2, Segment(3, 0, 1), Segment(5, 1, 2))]
+        )
+        known = giver.exchange._member.announcements
+        said = [known.get(root).announcement.policy_versions for root in known.roots()]
+        await giver.exchange.close()
+        return said
+
+    assert virtual_time.run(main()) == [(3, 5, 7)]

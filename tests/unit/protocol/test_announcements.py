@@ -7,7 +7,7 @@ from protocol.refusals import Reason
 
 def announce(author: str, sequence: int, created_at_s: float = 1000.0, num_frames: int = 4) -> Announcement:
     root = f"{author} {sequence}".encode().ljust(32, b".")
-    return Announcement((1, 0), author, sequence, int(created_at_s * 1000), (100,) * num_frames, root, b"", root)
+    return Announcement((1, 0), author, sequence, int(created_at_s * 1000), (100,) * num_frames, root, (), b"", root)
 
 
 def make(max_batches: int = 100, max_batches_per_author: int = 4) -> Announcements:

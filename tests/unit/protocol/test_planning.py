@@ -11,7 +11,7 @@ from protocol.planning import num_known_frames, plan_pulls
 
 def add(known: Announcements, author: str, sequence: int, num_frames: int = 4, holder: str | None = None):
     root = f"{author} {sequence}".encode().ljust(32, b".")
-    announcement = Announcement((1, 0), author, sequence, 0, (100,) * num_frames, root, b"", root)
+    announcement = Announcement((1, 0), author, sequence, 0, (100,) * num_frames, root, (), b"", root)
     batch = known.add(announcement, "teller", 0.0)
     if holder is not None:
         known.hold(batch, holder, batch.all_frames)

@@ -74,8 +74,9 @@ def test_a_batch_is_decoded_and_verified():
     offers = unpack(EXAMPLE["announce_request"])[2]
     [(announcement, held)] = offers
     assert (announcement, held) == (EXAMPLE["announcement"], 3)
-    major, minor, author, sequence, created_at_ms, sizes, root = open_signed(announcement, b"announcement")
-    assert (major, minor, author, sequence, created_at_ms) == (1, 0, PUBLIC, 3, 1767225600000)
+    major, minor, author, sequence, created_at_ms, sizes, root, authors = open_signed(announcement, b"announcement")
+    assert (major, minor, author, sequence, created_at_ms) == (1, 1, PUBLIC, 3, 1767225600000)
+    assert authors == [16, 17]
 
     *_, leaves, [(number, frame)] = unpack(EXAMPLE["pull_response"])
     assert hashlib.sha256(b"\x01" + author + leaves).digest() == root
@@ -88,7 +89,7 @@ def test_a_batch_is_decoded_and_verified():
     assert content == EXAMPLE["group_1"]
     assert group == [
         1,
-        0,
+        1,
         ["reasoning_gym/gcd", bytes.fromhex("ffeeddccbbaa99887766554433221100"), 2**64 - 1, 0],
         [["<answer>12</answer>", True], ["", True]],
     ]
@@ -109,18 +110,18 @@ def test_the_node_record_is_verified():
     fields = open_signed(EXAMPLE["node_record"], b"node record")
     address = stated(r"`(/ip4/[^`]+)`")
     tail = ["trainer", "swarm-node/0.1.0", "tiny", ["reasoning_gym/products"], 120]
-    assert fields == [1, 0, PUBLIC, "hivemind", [address], 1767225600000, *tail]
+    assert fields == [1, 1, PUBLIC, "hivemind", [address], 1767225600000, *tail]
     assert base64.b32encode(PUBLIC).decode().rstrip("=").lower() == stated(r"is `([a-z2-7]{52})`")
 
 
 def test_the_other_messages_are_as_stated():
     root = open_signed(EXAMPLE["announcement"], b"announcement")[6]
-    assert unpack(EXAMPLE["announce_response"]) == [1, 0, 30]
-    assert unpack(EXAMPLE["pull_request"]) == [1, 0, root, 2]
-    assert unpack(EXAMPLE["hello"]) == [1, 0, "example", 1767225600000, True, EXAMPLE["node_record"]]
-    assert unpack(EXAMPLE["repair_response"]) == [1, 0, [[EXAMPLE["announcement"], 2]]]
-    assert unpack(EXAMPLE["peers_request"]) == [1, 0, 16]
-    assert unpack(EXAMPLE["peers_response"]) == [1, 0, [EXAMPLE["node_record"]]]
+    assert unpack(EXAMPLE["announce_response"]) == [1, 1, 30]
+    assert unpack(EXAMPLE["pull_request"]) == [1, 1, root, 2]
+    assert unpack(EXAMPLE["hello"]) == [1, 1, "example", 1767225600000, True, EXAMPLE["node_record"]]
+    assert unpack(EXAMPLE["repair_response"]) == [1, 1, [[EXAMPLE["announcement"], 2]]]
+    assert unpack(EXAMPLE["peers_request"]) == [1, 1, 16]
+    assert unpack(EXAMPLE["peers_response"]) == [1, 1, [EXAMPLE["node_record"]]]
 
 
 def frames_of(stream):
@@ -179,6 +180,7 @@ def test_the_limits_stated_are_those_that_hold():
     assert number(r"1 to ([\d,]+) each; at most") == limits.MAX_FRAME_BYTES
     assert number(r"at most ([\d,]+) together") == limits.MAX_BATCH_BYTES
     assert number(r"tag `announcement`, at most ([\d,]+) bytes") == limits.MAX_ANNOUNCEMENT_BYTES
+    assert number(r"array of at most ([\d,]+) unsigned") == limits.MAX_POLICY_VERSIONS
     assert number(r"tag `node record`, at most ([\d,]+) bytes") == limits.MAX_NODE_RECORD_BYTES
     assert number(r"`hello` .* \| ([\d,]+) bytes \| the same") == limits.MAX_HELLO_BYTES
     assert number(r"`repair` [^|]*\|[^|]*\| ([\d,]+) bytes") == limits.MAX_REPAIR_REQUEST_BYTES

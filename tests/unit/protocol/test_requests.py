@@ -87,20 +87,20 @@ def reason_of(function, *arguments):
 @pytest.mark.parametrize(
     ("name", "message", "golden"),
     [
-        ("hello", Hello("main", 7, True, RECORD), "960100a46d61696e07c3c4" + f"{len(RECORD.encoded):02x}"),
-        ("announce_request", AnnounceRequest(()), "93010090"),
-        ("announce_request", AnnounceRequest((Offer(b"ab", 5),)), "9301009192c402616205"),
-        ("announce_response", AnnounceResponse(30), "9301001e"),
-        ("pull_request", PullRequest(ROOT, (0, 2)), "940100c420" + ROOT.hex() + "05"),
+        ("hello", Hello("main", 7, True, RECORD), "960101a46d61696e07c3c4" + f"{len(RECORD.encoded):02x}"),
+        ("announce_request", AnnounceRequest(()), "93010190"),
+        ("announce_request", AnnounceRequest((Offer(b"ab", 5),)), "9301019192c402616205"),
+        ("announce_response", AnnounceResponse(30), "9301011e"),
+        ("pull_request", PullRequest(ROOT, (0, 2)), "940101c420" + ROOT.hex() + "05"),
         (
             "pull_response",
             PullResponse((bytes(16), b"\x01" * 16), {1: b"ab"}),
-            "940100c420" + "00" * 16 + "01" * 16 + "919201c4026162",
+            "940101c420" + "00" * 16 + "01" * 16 + "919201c4026162",
         ),
-        ("repair_request", RepairRequest(b"saltsalt", 9, b"\xff", 8), "960100c40873616c7473616c7409c401ff08"),
-        ("repair_response", RepairResponse((Offer(b"ab", 5),)), "9301009192c402616205"),
-        ("peers_request", PeersRequest(16), "93010010"),
-        ("peers_response", PeersResponse((b"ab", b"")), "93010092c4026162c400"),
+        ("repair_request", RepairRequest(b"saltsalt", 9, b"\xff", 8), "960101c40873616c7473616c7409c401ff08"),
+        ("repair_response", RepairResponse((Offer(b"ab", 5),)), "9301019192c402616205"),
+        ("peers_request", PeersRequest(16), "93010110"),
+        ("peers_response", PeersResponse((b"ab", b"")), "93010192c4026162c400"),
     ],
 )
 def test_golden_bytes(name, message, golden):
@@ -158,7 +158,7 @@ def test_a_message_cut_short_or_with_more_behind_it_is_refused(pair, data):
     ],
 )
 def test_what_breaks_a_rule_is_refused(name, fields, reason):
-    assert reason_of(decode_, name, encode([1, 0, *fields])) is reason
+    assert reason_of(decode_, name, encode([1, 1, *fields])) is reason
 
 
 @pytest.mark.parametrize("name", sorted(MESSAGES))

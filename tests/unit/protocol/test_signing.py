@@ -20,20 +20,25 @@ ME = Identity(Ed25519PrivateKey.from_private_bytes(bytes(range(32))))
 OTHER = Identity(Ed25519PrivateKey.from_private_bytes(bytes(32)))
 FRAMES = [b"frame zero", b"frame one", b"frame two"]
 ANNOUNCEMENT_HEX = (
+    "e041c5f97c29a41cdcac12a15d00e0d3726da09fdd13f9d6df7c1e46357a764ad1f979b6bfd8f2f38dc6353779af7876e97d8d911372d357"
+    "72f2ae5cb9c5510a980101c42003a107bff3ce10be1d70dd18e74bc09967e4d6309ba50d5f1ddc8664125531b803cf0000019b76daa80093"
+    "0a0909c420c1f1169793114cdbacbf48b723991b37f85e3d2f2e0e4b6044f2eb25537d88ec9207cd012c"
+)
+ANNOUNCEMENT_1_0_HEX = (
     "f9adfcc3a01f53348860428c62197126835adaedbbd1a1d35ae3371ca7e4e06fe82bda7bfe67ee6f04b4de7474da21d549999fd1d8b55fb4"
     "a73d4e3c62bdba04970100c42003a107bff3ce10be1d70dd18e74bc09967e4d6309ba50d5f1ddc8664125531b803cf0000019b76daa80093"
     "0a0909c420c1f1169793114cdbacbf48b723991b37f85e3d2f2e0e4b6044f2eb25537d88ec"
 )
 NODE_RECORD_HEX = (
-    "c8fedc83fcaa9619eef920b1a70a78360f29ccaeb1d5015d9b0991215d60cc919e8925cbb0d4e1ef0f4882d6774d4a79d162add8d20893e9"
-    "325113cf028db9029b0100c42003a107bff3ce10be1d70dd18e74bc09967e4d6309ba50d5f1ddc8664125531b8a66d656d6f727991a92f6d"
+    "461dbeabcedc2f8f1e7c52f97da7507d9d4194ba1fff0a836f6c0516235e35fb7b543845ef39cd7fe62929e0e74e2de0da385f8ce0bac490"
+    "5df651b180bc530f9b0101c42003a107bff3ce10be1d70dd18e74bc09967e4d6309ba50d5f1ddc8664125531b8a66d656d6f727991a92f6d"
     "656d6f72792f31cf0000019b76daa800a7747261696e6572b0737761726d2d6e6f64652f302e312e30a474696e7991b1726561736f6e696e"
     "675f67796d2f6763645a"
 )
 
 
 def announce(identity=ME, swarm_id="main", **changes):
-    fields = {"sequence": 3, "created_at_ms": 1767225600000, "frames": FRAMES} | changes
+    fields = {"sequence": 3, "created_at_ms": 1767225600000, "frames": FRAMES, "policy_versions": (300, 7, 7)} | changes
     return sign_announcement(identity, swarm_id, **fields)
 
 
@@ -67,10 +72,23 @@ def test_golden_announcement():
     assert announce().encoded.hex() == ANNOUNCEMENT_HEX
     read = decode_announcement(bytes.fromhex(ANNOUNCEMENT_HEX))
     assert read == announce()
-    assert (read.version, read.author, read.sequence) == ((1, 0), ME.node_id, 3)
-    assert (read.created_at_ms, read.frame_sizes) == (1767225600000, (10, 9, 9))
+    assert (read.version, read.author, read.sequence) == ((1, 1), ME.node_id, 3)
+    assert (read.created_at_ms, read.frame_sizes, read.policy_versions) == (1767225600000, (10, 9, 9), (7, 300))
     assert read.root == root_of(ME.node_id, [leaf_of(frame) for frame in FRAMES])
     verify_announcement("main", read)
+
+
+def test_an_announcement_of_the_first_minor_version_says_nothing_of_policies():
+    read = decode_announcement(bytes.fromhex(ANNOUNCEMENT_1_0_HEX))
+    assert (read.version, read.policy_versions, read.root) == ((1, 0), (), announce().root)
+    verify_announcement("main", read)
+    more = resigned(read.encoded, b"announcement", lambda f: [*f, [7]])
+    assert reason_of(decode_announcement, more) is Reason.BAD_SCHEMA
+
+
+def test_a_batch_of_very_many_policies_names_the_newest():
+    assert announce(policy_versions=range(100)).policy_versions == tuple(range(68, 100))
+    assert announce(policy_versions=()).policy_versions == ()
 
 
 def test_golden_node_record():
@@ -150,14 +168,19 @@ def test_records_of_a_newer_minor_version_are_read_verified_and_kept_as_they_cam
         (lambda f: [2, 0, *f[2:]], Reason.OTHER_MAJOR),
         (lambda f: [*f[:2], f[2][:-1], *f[3:]], Reason.BAD_SCHEMA),
         (lambda f: [*f[:3], -1, *f[4:]], Reason.BAD_SCHEMA),
-        (lambda f: [*f[:5], [], f[6]], Reason.BAD_SCHEMA),
-        (lambda f: [*f[:5], [0], f[6]], Reason.BAD_SCHEMA),
-        (lambda f: [*f[:5], [1] * 65, f[6]], Reason.OVERSIZE),
-        (lambda f: [*f[:5], [limits.MAX_FRAME_BYTES + 1], f[6]], Reason.OVERSIZE),
-        (lambda f: [*f[:5], [2**40], f[6]], Reason.OVERSIZE),
-        (lambda f: [*f[:5], [limits.MAX_FRAME_BYTES] * 16, f[6]], Reason.OVERSIZE),
-        (lambda f: [*f[:6], bytes(31)], Reason.BAD_SCHEMA),
-        (lambda f: [1, 1, *f[2:], bytes(1024)], Reason.OVERSIZE),
+        (lambda f: [*f[:5], [], *f[6:]], Reason.BAD_SCHEMA),
+        (lambda f: [*f[:5], [0], *f[6:]], Reason.BAD_SCHEMA),
+        (lambda f: [*f[:5], [1] * 65, *f[6:]], Reason.OVERSIZE),
+        (lambda f: [*f[:5], [limits.MAX_FRAME_BYTES + 1], *f[6:]], Reason.OVERSIZE),
+        (lambda f: [*f[:5], [2**40], *f[6:]], Reason.OVERSIZE),
+        (lambda f: [*f[:5], [limits.MAX_FRAME_BYTES] * 16, *f[6:]], Reason.OVERSIZE),
+        (lambda f: [*f[:6], bytes(31), f[7]], Reason.BAD_SCHEMA),
+        (lambda f: [*f[:7], 7], Reason.BAD_SCHEMA),
+        (lambda f: [*f[:7], [7, 7]], Reason.BAD_SCHEMA),
+        (lambda f: [*f[:7], [8, 7]], Reason.BAD_SCHEMA),
+        (lambda f: [*f[:7], [-1]], Reason.BAD_SCHEMA),
+        (lambda f: [*f[:7], list(range(33))], Reason.OVERSIZE),
+        (lambda f: [1, 2, *f[2:], bytes(1024)], Reason.OVERSIZE),
     ],
 )
 def test_an_announcement_with_other_fields_is_refused(change, reason):
@@ -187,11 +210,16 @@ def test_a_node_record_with_other_fields_is_refused(position, value, reason):
 
 def test_the_largest_announcement_fits():
     largest = announcement_body(
-        author=ME.node_id, sequence=2**64 - 1, created_at_ms=2**64 - 1, frame_sizes=(65_472,) * 64, root=bytes(32)
+        author=ME.node_id,
+        sequence=2**64 - 1,
+        created_at_ms=2**64 - 1,
+        frame_sizes=(65_472,) * 64,
+        root=bytes(32),
+        policy_versions=tuple(range(2**64 - limits.MAX_POLICY_VERSIONS, 2**64)),
     )
     assert 64 * 65_472 == limits.MAX_BATCH_BYTES
     record = decode_announcement(bytes(64) + largest)
-    assert len(record.encoded) < 512 < limits.MAX_ANNOUNCEMENT_BYTES
+    assert len(record.encoded) < 768 < limits.MAX_ANNOUNCEMENT_BYTES
 
 
 def test_an_author_cannot_announce_what_nobody_takes():

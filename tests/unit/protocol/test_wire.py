@@ -27,12 +27,12 @@ from protocol.wire import (
 REF = TaskRef("reasoning_gym/gcd", "ffeeddccbbaa99887766554433221100", 2**64 - 1, 0)
 GROUP = SharedGroup(REF, (SharedCompletion("<answer>12</answer>", True), SharedCompletion("", True)))
 GROUP_HEX = (
-    "94010094b1726561736f6e696e675f67796d2f676364c410ffeeddccbbaa99887766554433221100cfffffffffffffffff"
-    "009292b33c616e737765723e31323c2f616e737765723ec392a0c3"
+    "94010194b1726561736f6e696e675f67796d2f676364c410ffeeddccbbaa99887766554433221100cfffffffffffffffff009292b33c616e"
+    "737765723e31323c2f616e737765723ec392a0c3"
 )
 FRAME_HEX = (
-    "28b52ffd2201804cc50100640294676364c410ffeeddccbbaa99887766554433221100cfff009292b33c3e31323c2fc392a0c305fc0eb10f"
-    "ddf24904f85d0b46152b02"
+    "28b52ffd2201804cd501008402940101676364c410ffeeddccbbaa99887766554433221100cfff009292b33c3e31323c2fc392a0c305fc0e"
+    "b10fddf24904b85a0bd815ee02"
 )
 
 UINT64 = st.integers(0, 2**64 - 1)
@@ -58,7 +58,7 @@ def refused(decode, data):
 
 def group_value(**changes):
     ref = ["s", bytes(16), 0, 0]
-    return {"version": [1, 0], "ref": ref, "completions": [["a", True]], "more": []} | changes
+    return {"version": [1, 1], "ref": ref, "completions": [["a", True]], "more": []} | changes
 
 
 def packed(**changes):
@@ -169,6 +169,11 @@ def test_only_one_whole_frame_of_known_size_is_decompressed(frame, reason):
         assert refused(decode_frame, frame) is reason
 
 
+def test_a_group_of_the_first_minor_version_is_read():
+    assert decode_group(packed(version=[1, 0])) == decode_group(packed())
+    assert refused(decode_group, packed(version=[1, 0], more=[1])) is Reason.BAD_SCHEMA
+
+
 def test_a_newer_minor_version_may_add_fields_at_the_end():
     newer = packed(version=[1, 7], more=["new", {"a": [1, 2]}])
     assert decode_group(newer) == decode_group(packed())
@@ -187,7 +192,7 @@ def test_who_should_upgrade_is_said_alike_on_both_sides():
     said = "protocols 1.0 and 2.3 do not mix: upgrade the node that speaks 1.0"
     assert upgrade_advice((2, 3), (1, 0)) == upgrade_advice((1, 0), (2, 3)) == said
     with pytest.raises(Refusal, match=said):
-        check_version((2, 3))
+        check_version((2, 3), (1, 0))
     check_version((PROTOCOL_VERSION[0], 99))
 
 
