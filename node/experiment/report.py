@@ -41,6 +41,8 @@ def table(summary: Summary) -> str:
         others = [arm for arm in arms if base in arm["against"]]
         if others:
             parts += ["", f"Against {base} on the same seeds", "", *_rows(_against(base), others)]
+    if _num_seeds(summary)[1] > 1:
+        parts += ["", "Each seed: cumulative reward, and held-out pass@1 after", "", *_rows(_each_seed(arms), arms)]
     if len({node["model"] for arm in arms for node in arm["nodes"]}) > 1:
         parts += ["", "Each node: held-out pass@1 before and after, by task; means over seeds", "", *_node_rows(arms)]
     return "\n".join([*parts, ""])
@@ -66,9 +68,14 @@ def _before_and_after(source: str, node: Mapping[str, Any]) -> str:
     return " to ".join("?" if value is None else f"{value:.3f}" for value in both)
 
 
-def _seeds(summary: Summary) -> str:
+def _num_seeds(summary: Summary) -> tuple[int, int]:
+    """Return the fewest and the most seeds of any arm."""
     counts = {len(arm["seeds"]) for arm in summary["arms"]}
-    least, most = min(counts), max(counts)
+    return min(counts), max(counts)
+
+
+def _seeds(summary: Summary) -> str:
+    least, most = _num_seeds(summary)
     number = str(most) if least == most else f"{least} to {most}"
     return f"{number} seed{'s' if most > 1 else ''}"
 
@@ -100,6 +107,19 @@ def _against(base: str) -> dict[str, Any]:
         "tokens generated": lambda arm: _ratio(arm["against"][base]["num_tokens_generated"]),
         "CPU s": lambda arm: _ratio(arm["against"][base]["cpu_s"]),
     }
+
+
+def _each_seed(arms: list[Any]) -> dict[str, Any]:
+    seeds = sorted({seed for arm in arms for seed in arm["seeds"]})
+    return {"I/J": lambda arm: arm["name"], **{f"seed {seed}": partial(_of_seed, seed) for seed in seeds}}
+
+
+def _of_seed(seed: int, arm: Mapping[str, Any]) -> str:
+    if seed not in arm["seeds"]:
+        return ""
+    place = arm["seeds"].index(seed)
+    reward, heldout = (arm["measures"][name] for name in ("reward_cumulative", "heldout_after"))
+    return f"{reward['per_seed'][place]:.1f}" + ("" if heldout is None else f", {heldout['per_seed'][place]:.3f}")
 
 
 def _rows(columns: Mapping[str, Any], arms: list[Any]) -> list[str]:

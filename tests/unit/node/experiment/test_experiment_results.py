@@ -92,6 +92,7 @@ def test_the_table_has_every_arm_and_each_against_the_baselines(tmp_path):
     text = (tmp_path / "results.md").read_text()
     assert "| 8/0 | 1.2 (0.6 to 1.8) |" in text
     assert "| 4/4 | +100.0 (+66.7 to +200.0) % |" in text
+    assert "| 8/0 | 0.6, 0.100 | 1.2, 0.200 | 1.8, 0.300 |" in text
     assert json.loads((tmp_path / "results.json").read_text()) == found
     for name in ("reward", "heldout", "cumulative"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
@@ -129,6 +130,7 @@ def test_arms_are_compared_over_the_seeds_that_both_have(tmp_path):
     whole = plan()
     write(tmp_path, whole, [unit for unit in whole.units if unit.arm == "4/4" or unit.seed == 2])
     silo, half = write_report(tmp_path)["arms"]
+    assert "| 8/0 |  | 1.2, 0.200 |  |" in (tmp_path / "results.md").read_text()
     assert silo["seeds"] == [2]
     assert half["seeds"] == [1, 2, 3]
     assert half["against"]["8/0"]["reward_cumulative"]["difference"]["per_seed"] == pytest.approx([1.2])
