@@ -31,7 +31,7 @@ class Kernels:
         library.swarm_best_isa.restype = i32
         self.instruction_set: int = library.swarm_best_isa()
         self.forward = library.swarm_forward
-        self.forward.argtypes, self.forward.restype = [pointer, i32, pointer, pointer, pointer, i32, pointer], None
+        self.forward.argtypes, self.forward.restype = [pointer, i32, pointer, pointer], None
         self.logits = library.swarm_logits
         self.logits.argtypes, self.logits.restype = [pointer, i32, pointer, i32, pointer], None
         self.attention = library.swarm_attention

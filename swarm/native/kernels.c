@@ -18,6 +18,7 @@
 
 #define MAX_HEAD_DIM 256
 #define MAX_GROUP 4 /* query heads that one pass over the keys serves */
+#define MAX_THREADS 128
 
 typedef float v16f __attribute__((vector_size(64)));
 typedef uint32_t v16u __attribute__((vector_size(64)));
@@ -27,7 +28,7 @@ typedef uint16_t v16u16 __attribute__((vector_size(32)));
 typedef struct {
     const void *qkv, *out, *gate_up, *down;         /* packed weights */
     const float *qkv_bias, *out_bias;               /* or NULL */
-    const float *attention_norm, *mlp_norm;         /* [hidden] */
+    const float *attention_norm, *mlp_norm;         /* [hidden], or NULL: no norm */
     const float *query_norm, *key_norm;             /* [head_dim], or NULL */
 } layer_t;
 
@@ -36,12 +37,21 @@ typedef struct {
     int32_t num_slots, capacity, num_threads;       /* capacity: positions of a slot, a multiple of 16 */
     float epsilon;
     const void *embedding, *head;                   /* [vocab, hidden]; packed */
-    const float *final_norm, *cosine, *sine;        /* [hidden]; [capacity, head_dim / 2] */
+    const float *final_norm, *cosine, *sine;        /* [hidden], or NULL; [capacity, head_dim / 2] */
     const layer_t *layers;
     void *keys, *values;                            /* [num_layers][num_slots][num_kv_heads][capacity][head_dim] */
     float *residual, *qkv, *scores;                 /* scratch: [rows, hidden]; [rows, heads, head_dim]; [threads, 4, capacity + 16] */
     void *input, *attended, *activation;            /* scratch in the weights' dtype: [rows, widest] */
 } model_t;
+
+typedef struct {                                    /* tokens to run; those of one slot in order of position */
+    int32_t num;
+    const int64_t *tokens, *slots, *positions;      /* [num]: token i extends slots[i] at positions[i] */
+    const int64_t *first_sharer, *sharers;          /* [num + 1], or NULL: slots sharers[first_sharer[i] ..] have the same past */
+} rows_t;
+
+typedef struct { _Alignas(64) int32_t panels; } turn_t; /* how many of a thread's panels of a matmul were taken */
+typedef struct { turn_t (*done)[MAX_THREADS]; int number; } turns_t; /* of this matmul and the next, in turn; matmuls so far */
 
 /* Training attention over a packed row (attention.h). All offsets in tokens or keys; strides in elements. */
 #define KEY_TILE 64
@@ -136,16 +146,15 @@ int32_t swarm_best_isa(void) {
     return 0;
 }
 
-/* Run n tokens through the model: token i extends `slots[i]` at `positions[i]`. Tokens of one slot may be many, in
- * order of position. hidden: [n, hidden], after the final norm. */
-void swarm_forward(const model_t *m, int32_t isa, const int64_t *tokens, const int64_t *slots, const int64_t *positions, int32_t n, float *hidden) {
+/* Run tokens through the model. hidden: [num, hidden], after the final norm. */
+void swarm_forward(const model_t *m, int32_t isa, const rows_t *rows, float *hidden) {
     switch (isa) {
 #ifdef MULTIVERSION
-    case 3: forward_avx512bf16(m, tokens, slots, positions, n, hidden); return;
-    case 2: forward_avx512(m, tokens, slots, positions, n, hidden); return;
-    case 1: forward_avx2(m, tokens, slots, positions, n, hidden); return;
+    case 3: forward_avx512bf16(m, rows, hidden); return;
+    case 2: forward_avx512(m, rows, hidden); return;
+    case 1: forward_avx2(m, rows, hidden); return;
 #endif
-    default: forward_base(m, tokens, slots, positions, n, hidden);
+    default: forward_base(m, rows, hidden);
     }
 }
 

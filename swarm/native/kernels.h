@@ -66,17 +66,23 @@ INLINE void FN(put)(const model_t *m, void *row, int at, v16f v) {
     }
 }
 
-/* out[row] = x[row] / rms(x[row]) * weight, for the rows of this thread. */
+/* 1 / rms(x). x: [hidden] */
+INLINE float FN(inverse_rms)(const model_t *m, const float *x) {
+    v16f squares = {0};
+    for (int i = 0; i < m->hidden; i += 16) { v16f v = FN(load_f32)(x + i); squares += v * v; }
+    return 1.0f / sqrtf(FN(sum)(squares) / m->hidden + m->epsilon);
+}
+
+/* out[row] = x[row] / rms(x[row]) * weight, for the rows of this thread; without a weight out[row] = x[row]. */
 static void FN(norm)(const model_t *m, const float *x, const float *weight, void *out, int n) {
     const int width = m->hidden, bytes = m->is_bf16 ? 2 : 4;
 #pragma omp for schedule(static)
     for (int r = 0; r < n; r++) {
         const float *row = x + (size_t)r * width;
-        v16f squares = {0};
-        for (int i = 0; i < width; i += 16) { v16f v = FN(load_f32)(row + i); squares += v * v; }
-        float scale = 1.0f / sqrtf(FN(sum)(squares) / width + m->epsilon);
+        float scale = weight ? FN(inverse_rms)(m, row) : 1.0f;
         for (int i = 0; i < width; i += 16)
-            FN(put)(m, (char *)out + (size_t)r * width * bytes, i, FN(load_f32)(row + i) * scale * FN(load_f32)(weight + i));
+            FN(put)(m, (char *)out + (size_t)r * width * bytes, i,
+                    weight ? FN(load_f32)(row + i) * scale * FN(load_f32)(weight + i) : FN(load_f32)(row + i));
     }
 }
 
@@ -196,15 +202,27 @@ INLINE void FN(panel)(const model_t *m, const int is_bf16, const int blocks, int
     }
 }
 
-/* out = x W^T for all threads of the team; ends with a barrier. x: [n, in]; num_out outputs, padded to 32. */
-static void FN(matmul)(const model_t *m, int kind, const void *x, const void *w, const float *bias, void *out, int n, int in, int num_out) {
+/* out = x W^T for all threads of the team; ends with a barrier. x: [n, in]; num_out outputs, padded to 32.
+ * Each thread has a run of panels, which it does in order, and then helps the others with theirs: threads rarely end
+ * together on a machine that does other things as well. Which thread did a panel changes no bit of it. */
+static void FN(matmul)(const model_t *m, turns_t *turns, int kind, const void *x, const void *w, const float *bias, void *out, int n,
+                       int in, int num_out) {
     const int panels = ((kind == GATE ? 2 * num_out : num_out) + 31) / 32;
     const int limit = kind == GATE ? m->intermediate : num_out;
-#pragma omp for schedule(static)
-    for (int p = 0; p < panels; p++) {
-        if (m->is_bf16) FN(panel)(m, 1, 2, kind, x, w, bias, out, n, in, p * 2, limit);
-        else FN(panel)(m, 0, 2, kind, x, w, bias, out, n, in, p * 2, limit);
+    const int threads = omp_get_num_threads(), me = omp_get_thread_num();
+    turn_t *done = turns->done[turns->number++ % 2];
+    for (int i = 0; i < threads; i++) {
+        const int who = (me + i) % threads;
+        const int first = (int)((int64_t)panels * who / threads), last = (int)((int64_t)panels * (who + 1) / threads);
+        for (;;) {
+            const int p = first + __atomic_fetch_add(&done[who].panels, 1, __ATOMIC_RELAXED);
+            if (p >= last) break;
+            if (m->is_bf16) FN(panel)(m, 1, 2, kind, x, w, bias, out, n, in, p * 2, limit);
+            else FN(panel)(m, 0, 2, kind, x, w, bias, out, n, in, p * 2, limit);
+        }
     }
+    turns->done[turns->number % 2][me].panels = 0; /* of the next matmul; nobody reads it before the barrier */
+#pragma omp barrier
 }
 
 /* Normalise (Qwen3), rotate and scale one head in place. head: [head_dim]; cosine, sine: [head_dim / 2]. */
@@ -223,34 +241,38 @@ INLINE void FN(rotate)(const model_t *m, float *head, const float *weight, const
     }
 }
 
-/* Rotate queries in place and write keys and values to the cache.
+/* Rotate queries in place and write keys and values to the cache, of the row's slot and of those that share its past.
  * Keys: [slot][kv head][position / 16][head_dim][16]; values: [slot][kv head][position][head_dim]. In bf16 what is
  * summed over lies in pairs: keys [..][position / 16][head_dim / 2][16][2], values [..][position / 2][head_dim][2]. */
-static void FN(store)(const model_t *m, const layer_t *layer, float *qkv, char *keys, char *values, const int64_t *slots,
-                      const int64_t *positions, int n) {
+static void FN(store)(const model_t *m, const layer_t *layer, float *qkv, char *keys, char *values, const rows_t *rows) {
     const int width = m->head_dim, heads = m->num_heads, kv_heads = m->num_kv_heads, total = heads + 2 * kv_heads;
     const float scale = 1.0f / sqrtf((float)width);
 #pragma omp for schedule(static)
-    for (int r = 0; r < n; r++) {
+    for (int r = 0; r < rows->num; r++) {
         float *row = qkv + (size_t)r * total * width;
-        const float *cosine = m->cosine + positions[r] * (width / 2), *sine = m->sine + positions[r] * (width / 2);
+        const int64_t at = rows->positions[r];
+        const float *cosine = m->cosine + at * (width / 2), *sine = m->sine + at * (width / 2);
         for (int h = 0; h < heads; h++) FN(rotate)(m, row + h * width, layer->query_norm, cosine, sine, scale);
-        for (int h = 0; h < kv_heads; h++) {
-            float *key = row + (heads + h) * width, *value = row + (heads + kv_heads + h) * width;
-            FN(rotate)(m, key, layer->key_norm, cosine, sine, 1.0f);
-            size_t base = ((size_t)slots[r] * kv_heads + h) * m->capacity * width;
-            const size_t block = base + (size_t)(positions[r] / 16) * 16 * width, lane = positions[r] % 16;
-            if (m->is_bf16) {
-                uint16_t *to = (uint16_t *)keys + block + lane * 2;
-                uint16_t *into = (uint16_t *)values + base + (size_t)(positions[r] / 2) * 2 * width + positions[r] % 2;
-                for (int d = 0; d < width; d += 16) {
-                    v16u16 half = FN(to_bf16)(FN(load_f32)(key + d)), whole = FN(to_bf16)(FN(load_f32)(value + d));
-                    for (int i = 0; i < 16; i++) to[(size_t)((d + i) / 2) * 32 + i % 2] = half[i];
-                    for (int i = 0; i < 16; i++) into[(size_t)(d + i) * 2] = whole[i];
+        for (int h = 0; h < kv_heads; h++) FN(rotate)(m, row + (heads + h) * width, layer->key_norm, cosine, sine, 1.0f);
+        const int64_t first = rows->first_sharer ? rows->first_sharer[r] : 0, last = rows->first_sharer ? rows->first_sharer[r + 1] : 0;
+        for (int64_t s = first - 1; s < last; s++) {
+            const int64_t slot = s < first ? rows->slots[r] : rows->sharers[s];
+            for (int h = 0; h < kv_heads; h++) {
+                const float *key = row + (heads + h) * width, *value = row + (heads + kv_heads + h) * width;
+                const size_t base = ((size_t)slot * kv_heads + h) * m->capacity * width;
+                const size_t block = base + (size_t)(at / 16) * 16 * width, lane = at % 16;
+                if (m->is_bf16) {
+                    uint16_t *to = (uint16_t *)keys + block + lane * 2;
+                    uint16_t *into = (uint16_t *)values + base + (size_t)(at / 2) * 2 * width + at % 2;
+                    for (int d = 0; d < width; d += 16) {
+                        v16u16 half = FN(to_bf16)(FN(load_f32)(key + d)), whole = FN(to_bf16)(FN(load_f32)(value + d));
+                        for (int i = 0; i < 16; i++) to[(size_t)((d + i) / 2) * 32 + i % 2] = half[i];
+                        for (int i = 0; i < 16; i++) into[(size_t)(d + i) * 2] = whole[i];
+                    }
+                } else {
+                    for (int d = 0; d < width; d++) ((float *)keys)[block + lane + (size_t)d * 16] = key[d];
+                    __builtin_memcpy((float *)values + base + (size_t)at * width, value, width * sizeof(float));
                 }
-            } else {
-                for (int d = 0; d < width; d++) ((float *)keys)[block + lane + (size_t)d * 16] = key[d];
-                __builtin_memcpy((float *)values + base + (size_t)positions[r] * width, value, width * sizeof(float));
             }
         }
     }
@@ -358,16 +380,16 @@ INLINE void FN(attend_heads)(const int is_bf16, int group, int width, const floa
 }
 
 /* Attention of all rows; work is dealt out by (row, kv head). */
-static void FN(attend)(const model_t *m, const float *qkv, const char *keys, const char *values, const int64_t *slots,
-                       const int64_t *positions, void *out, float *scratch, int n) {
+static void FN(attend)(const model_t *m, const float *qkv, const char *keys, const char *values, const rows_t *rows, void *out,
+                       float *scratch) {
     const int width = m->head_dim, heads = m->num_heads, kv_heads = m->num_kv_heads, group = heads / kv_heads;
     const int bytes = m->is_bf16 ? 2 : 4, total = heads + 2 * kv_heads;
     const size_t stride = (size_t)m->capacity + 16;
     float *scores = scratch + (size_t)omp_get_thread_num() * MAX_GROUP * stride;
 #pragma omp for schedule(dynamic, 1)
-    for (int task = 0; task < n * kv_heads; task++) {
-        const int r = task / kv_heads, h = task % kv_heads, length = (int)positions[r] + 1;
-        const size_t base = ((size_t)slots[r] * kv_heads + h) * m->capacity * width * bytes;
+    for (int task = 0; task < rows->num * kv_heads; task++) {
+        const int r = task / kv_heads, h = task % kv_heads, length = (int)rows->positions[r] + 1;
+        const size_t base = ((size_t)rows->slots[r] * kv_heads + h) * m->capacity * width * bytes;
         for (int first = 0; first < group; first += MAX_GROUP) {
             const int size = group - first < MAX_GROUP ? group - first : MAX_GROUP, head = h * group + first;
             const float *queries = qkv + ((size_t)r * total + head) * width;
@@ -380,15 +402,18 @@ static void FN(attend)(const model_t *m, const float *qkv, const char *keys, con
     }
 }
 
-static void FN(forward)(const model_t *m, const int64_t *tokens, const int64_t *slots, const int64_t *positions, int n, float *hidden) {
-    const int width = m->hidden, heads_out = m->num_heads * m->head_dim, qkv_out = (m->num_heads + 2 * m->num_kv_heads) * m->head_dim;
+static void FN(forward)(const model_t *m, const rows_t *rows, float *hidden) {
+    const int n = rows->num, width = m->hidden, heads_out = m->num_heads * m->head_dim, qkv_out = (m->num_heads + 2 * m->num_kv_heads) * m->head_dim;
     const size_t side = (size_t)m->num_slots * m->num_kv_heads * m->capacity * m->head_dim * (m->is_bf16 ? 2 : 4);
+    turn_t done[2][MAX_THREADS];
+    __builtin_memset(done, 0, sizeof done);
 #pragma omp parallel num_threads(m->num_threads)
     {
+        turns_t turns = {done, 0};
 #pragma omp for schedule(static)
         for (int r = 0; r < n; r++)
             for (int i = 0; i < width; i += 16) {
-                size_t at = (size_t)tokens[r] * width + i;
+                size_t at = (size_t)rows->tokens[r] * width + i;
                 v16f v = m->is_bf16 ? FN(load_bf16)((const uint16_t *)m->embedding + at) : FN(load_f32)((const float *)m->embedding + at);
                 FN(store_f32)(m->residual + (size_t)r * width + i, v);
             }
@@ -396,35 +421,37 @@ static void FN(forward)(const model_t *m, const int64_t *tokens, const int64_t *
             const layer_t *layer = &m->layers[l];
             char *keys = (char *)m->keys + side * l, *values = (char *)m->values + side * l;
             FN(norm)(m, m->residual, layer->attention_norm, m->input, n);
-            FN(matmul)(m, STORE, m->input, layer->qkv, layer->qkv_bias, m->qkv, n, width, qkv_out);
-            FN(store)(m, layer, m->qkv, keys, values, slots, positions, n);
-            FN(attend)(m, m->qkv, keys, values, slots, positions, m->attended, m->scores, n);
-            FN(matmul)(m, ADD, m->attended, layer->out, layer->out_bias, m->residual, n, heads_out, width);
+            FN(matmul)(m, &turns, STORE, m->input, layer->qkv, layer->qkv_bias, m->qkv, n, width, qkv_out);
+            FN(store)(m, layer, m->qkv, keys, values, rows);
+            FN(attend)(m, m->qkv, keys, values, rows, m->attended, m->scores);
+            FN(matmul)(m, &turns, ADD, m->attended, layer->out, layer->out_bias, m->residual, n, heads_out, width);
             FN(norm)(m, m->residual, layer->mlp_norm, m->input, n);
-            FN(matmul)(m, GATE, m->input, layer->gate_up, 0, m->activation, n, width, m->intermediate);
-            FN(matmul)(m, ADD, m->activation, layer->down, 0, m->residual, n, m->intermediate, width);
+            FN(matmul)(m, &turns, GATE, m->input, layer->gate_up, 0, m->activation, n, width, m->intermediate);
+            FN(matmul)(m, &turns, ADD, m->activation, layer->down, 0, m->residual, n, m->intermediate, width);
         }
 #pragma omp for schedule(static)
         for (int r = 0; r < n; r++) {
             const float *row = m->residual + (size_t)r * width;
-            v16f squares = {0};
-            for (int i = 0; i < width; i += 16) { v16f v = FN(load_f32)(row + i); squares += v * v; }
-            float scale = 1.0f / sqrtf(FN(sum)(squares) / width + m->epsilon);
+            float scale = m->final_norm ? FN(inverse_rms)(m, row) : 1.0f;
             for (int i = 0; i < width; i += 16)
-                FN(store_f32)(hidden + (size_t)r * width + i, FN(load_f32)(row + i) * scale * FN(load_f32)(m->final_norm + i));
+                FN(store_f32)(hidden + (size_t)r * width + i,
+                              m->final_norm ? FN(load_f32)(row + i) * scale * FN(load_f32)(m->final_norm + i) : FN(load_f32)(row + i));
         }
     }
 }
 
 static void FN(logits)(const model_t *m, const float *hidden, int n, float *out) {
     const int width = m->hidden, bytes = m->is_bf16 ? 2 : 4;
+    turn_t done[2][MAX_THREADS];
+    __builtin_memset(done, 0, sizeof done);
 #pragma omp parallel num_threads(m->num_threads)
     {
+        turns_t turns = {done, 0};
 #pragma omp for schedule(static)
         for (int r = 0; r < n; r++)
             for (int i = 0; i < width; i += 16)
                 FN(put)(m, (char *)m->input + (size_t)r * width * bytes, i, FN(load_f32)(hidden + (size_t)r * width + i));
-        FN(matmul)(m, STORE, m->input, m->head, 0, out, n, width, m->vocab);
+        FN(matmul)(m, &turns, STORE, m->input, m->head, 0, out, n, width, m->vocab);
     }
 }
 

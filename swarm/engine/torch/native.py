@@ -8,10 +8,11 @@ import ctypes
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from swarm.engine.torch.llama import LlamaRunner, LlamaShape
-from swarm.engine.torch.runner import ModelRunner, last_rows
+from swarm.engine.torch.runner import ModelRunner
 from swarm.native import Kernels, huge_pages, kernels
 
 __all__ = ["NativeRunner"]
@@ -20,7 +21,7 @@ _MAX_ROWS = 512  # tokens of one call; bounds the scratch memory
 _LANES = 16
 _MAX_HEAD_DIM = 256
 _MAX_GROUP = 4  # as in kernels.c
-
+_MAX_THREADS = 128
 
 _POINTERS = (
     "embedding", "head", "final_norm", "cosine", "sine",
@@ -49,6 +50,35 @@ class _Model(ctypes.Structure):
         ("layers", ctypes.POINTER(_Layer)),
         *((name, ctypes.c_void_p) for name in _POINTERS[5:]),
     ]  # fmt: skip
+
+
+class _Rows(ctypes.Structure):
+    _fields_ = [
+        ("num", ctypes.c_int32),
+        *((name, ctypes.c_void_p) for name in ("tokens", "slots", "positions", "first_sharer", "sharers")),
+    ]  # fmt: skip
+
+
+class _Prefixes:
+    """Sequences as a tree: what several begin with is one chain of rows, which is computed once for all of them."""
+
+    def __init__(self, sequences: Sequence[Sequence[int]], slots: Sequence[int]) -> None:
+        children: dict[tuple[int, int], int] = {}  # (row before, token) -> row
+        self.tokens: list[int] = []  # of each row
+        self.positions: list[int] = []
+        self.sharers: list[list[int]] = []  # slots of the sequences through each row; it is computed in the first
+        self.rows_of: list[list[int]] = []  # the rows of each sequence
+        for sequence, slot in zip(sequences, slots, strict=True):
+            rows, row = [], -1
+            for position, token in enumerate(sequence):
+                row = children.setdefault((row, token), len(self.tokens))
+                if row == len(self.tokens):
+                    self.tokens.append(token)
+                    self.positions.append(position)
+                    self.sharers.append([])
+                self.sharers[row].append(slot)
+                rows.append(row)
+            self.rows_of.append(rows)
 
 
 def _pad_rows(tensor: torch.Tensor, multiple: int = 2 * _LANES) -> torch.Tensor:
@@ -85,7 +115,7 @@ class NativeRunner(ModelRunner):
         cosine, sine = shape.rotary_tables(model, capacity)
         rows, widest = _MAX_ROWS, max(shape.hidden, shape.num_heads * shape.head_dim)
         total_heads = shape.num_heads + 2 * shape.num_kv_heads
-        num_threads = torch.get_num_threads()
+        num_threads = min(torch.get_num_threads(), _MAX_THREADS)
         cache = (shape.num_layers, num_slots, shape.num_kv_heads, capacity * shape.head_dim)
         self._tensors = {
             "keys": huge_pages(torch.empty(cache, dtype=self.dtype)).zero_(),
@@ -174,15 +204,29 @@ class NativeRunner(ModelRunner):
         for name in _POINTERS:
             setattr(self._model, name, keep[name].data_ptr())
 
-    def _forward(self, tokens: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """All arguments: int64 [num_tokens]. returns: float32 [num_tokens, hidden]."""
+    def _forward(
+        self,
+        tokens: torch.Tensor,
+        slots: torch.Tensor,
+        positions: torch.Tensor,
+        sharers: Sequence[Sequence[int]] | None = None,
+    ) -> torch.Tensor:
+        """tokens, slots, positions: int64 [num_tokens]. returns: float32 [num_tokens, hidden].
+
+        sharers: of each token, other slots that hold the same tokens up to it, and are to have its keys and values too.
+        """
         hidden = torch.empty(len(tokens), self._shape.hidden)
         for start in range(0, len(tokens), _MAX_ROWS):
             rows = slice(start, start + _MAX_ROWS)
-            part = tokens[rows].contiguous(), slots[rows].contiguous(), positions[rows].contiguous()
+            part = [tokens[rows].contiguous(), slots[rows].contiguous(), positions[rows].contiguous()]
+            if sharers is not None:
+                ends = np.cumsum([0, *(len(others) for others in sharers[rows])])
+                others = self._places[[slot for others in sharers[rows] for slot in others]]
+                part += [torch.from_numpy(ends), others]
+            pointers = [tensor.data_ptr() for tensor in part]
             self._library.forward(
                 ctypes.byref(self._model), self._library.instruction_set,
-                *(tensor.data_ptr() for tensor in part), len(part[0]), hidden[rows].data_ptr(),
+                ctypes.byref(_Rows(len(part[0]), *pointers)), hidden[rows].data_ptr(),
             )  # fmt: skip
         return hidden
 
@@ -200,12 +244,13 @@ class NativeRunner(ModelRunner):
         self, sequences: Sequence[Sequence[int]], slots: Sequence[int], num_last: Sequence[int] | None = None
     ) -> torch.Tensor:
         """Fill slots with whole sequences; see ModelRunner."""
-        lengths = torch.tensor([len(sequence) for sequence in sequences])
-        tokens = torch.tensor([token for sequence in sequences for token in sequence])
-        positions = torch.cat([torch.arange(length) for length in lengths.tolist()])
-        places = self._places[torch.tensor(slots)]
-        hidden = self._forward(tokens, places.repeat_interleave(lengths), positions)
-        return hidden[last_rows(lengths.tolist(), num_last)]
+        tree = _Prefixes(sequences, slots)
+        places = self._places[torch.tensor([sharers[0] for sharers in tree.sharers])]
+        others = [sharers[1:] for sharers in tree.sharers] if len(tree.tokens) < sum(map(len, sequences)) else None
+        hidden = self._forward(torch.tensor(tree.tokens), places, torch.tensor(tree.positions), others)
+        counts = num_last or [1] * len(slots)
+        wanted = [row for rows, num in zip(tree.rows_of, counts, strict=True) for row in rows[-num:]]
+        return hidden[torch.tensor(wanted)]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Apply the language model head; see ModelRunner."""

@@ -165,6 +165,31 @@ def test_prefill_and_decoding_give_the_same_bits(instruction_set, dtype, num_thr
 
 @needs_kernels
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_what_sequences_begin_with_is_computed_once_and_has_the_same_bits(instruction_set, dtype, monkeypatch):
+    """Prefixes that end within a block and at its end, one within another, one twice, more rows than a call takes."""
+    model = model_of("plain", dtype)
+    base = sequence(700, 203)
+    sequences = [base[:650], base[:20], base[:20], [*base[:32], 5, 6], [*base[:33], 7], [*base[:600], 9], [8], base[:1]]
+    num_last = [3, 20, 1, 2, 1, 2, 1, 1]
+    slots = [3, 0, 5, 1, 7, 2, 4, 6]
+    apart, together = (NativeRunner(model, len(slots), 1024) for _ in range(2))
+    expected = torch.cat([apart.prefill([s], [at], [n]) for s, at, n in zip(sequences, slots, num_last, strict=True)])
+    counts, forward = [], together._library.forward
+
+    def counted(model, isa, rows, out):
+        counts.append(rows._obj.num)
+        forward(model, isa, rows, out)
+
+    monkeypatch.setattr(together._library, "forward", counted)
+    assert torch.equal(together.prefill(sequences, slots, num_last), expected)
+    assert sum(counts) == 650 + 2 + 1 + 1 + 1  # the first sequence, and what others add to a prefix of it
+    lengths = [len(s) for _, s in sorted(zip(slots, sequences, strict=True))]
+    tokens = torch.arange(len(slots))
+    assert torch.equal(together.decode(tokens, lengths), apart.decode(tokens, lengths))
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 31, 48])
 def test_copied_and_moved_slots_go_on_alike(dtype, length):
     model = model_of("plain", dtype)
