@@ -1,14 +1,25 @@
 """The contract of a drafter: tokens that a running sequence may write next.
 
 The engine verifies them and keeps those that the policy draws itself, so a draft changes how fast a completion is
-written, and nothing else. A drafter knows no engine and no model: it sees tokens.
+written, and nothing else. A drafter knows no engine: it sees tokens and, if it wants to, what the policy's last layer
+said after them.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
-from typing import ClassVar
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
-__all__ = ["HASH_BASE", "HASH_MASK", "Drafter", "SequenceState", "extend_hashes"]
+__all__ = [
+    "HASH_BASE",
+    "HASH_MASK",
+    "Drafter",
+    "Drawing",
+    "Seen",
+    "SequenceState",
+    "extend_hashes",
+    "within_budget",
+]
 
 HASH_BASE = 0x9E3779B97F4A7C15
 HASH_MASK = (1 << 64) - 1
@@ -26,13 +37,49 @@ def extend_hashes(hashes: list[int], tokens: Sequence[int]) -> None:
         hashes.append(last)
 
 
+def within_budget(drafts: Sequence[list[int]], chances: Sequence[Sequence[float]], budget: int) -> list[list[int]]:
+    """Shorten drafts to the `budget` likeliest tokens of all.
+
+    chances: that all of a draft up to a token is right, for each of its tokens. They fall along a draft, so that the
+    likeliest tokens of all are beginnings of drafts.
+    """
+    if sum(map(len, drafts)) <= budget:
+        return list(drafts)
+    likeliest = sorted((-one, place) for place, chance in enumerate(chances) for one in chance)[:budget]
+    nums = [0] * len(drafts)
+    for _, place in likeliest:
+        nums[place] += 1
+    return [draft[:num] for draft, num in zip(drafts, nums, strict=True)]
+
+
+@dataclass(frozen=True, slots=True)
+class Drawing:
+    """How the tokens of a sequence are drawn, for drafters that draw as well."""
+
+    seed: int  # of its noise, as a signed 64-bit number
+    temperature: float
+    top_k: int
+    top_p: float
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """Which states of a forward pass are of a sequence."""
+
+    request_id: int
+    first: int  # position of the first token
+    row: int  # of the state after it
+    num: int
+
+
 class SequenceState:
     """One running sequence, as drafters see it. Who runs it appends its tokens."""
 
-    __slots__ = ("_hashes", "prompt_ids", "request_id", "room", "tokens")
+    __slots__ = ("_hashes", "drawing", "prompt_ids", "request_id", "room", "tokens")
 
-    def __init__(self, request_id: int, prompt_ids: Sequence[int]) -> None:
+    def __init__(self, request_id: int, prompt_ids: Sequence[int], drawing: Drawing | None = None) -> None:
         self.request_id = request_id
+        self.drawing = drawing
         self.prompt_ids = tuple(prompt_ids)  # sequences with one prompt are of one group
         self.tokens = list(prompt_ids)  # the prompt and what has been written
         self.room = 0  # the most tokens that are worth drafting now
@@ -58,6 +105,15 @@ class Drafter(ABC):
     """Proposes tokens. Not thread-safe: the engine's thread calls it, between two forward passes."""
 
     name: ClassVar[str]
+    num_states: ClassVar[int] = 0  # the most states of a prompt that it wants to see; 0: `saw` need not be called
+
+    def saw(self, seen: Iterable[Seen], states: Any) -> None:
+        """Take what a forward pass of the policy said. states: tensor [num_rows, hidden], not to be changed."""
+        return
+
+    def can_draft(self, states: Sequence[SequenceState]) -> bool:
+        """Whether `propose` has what it needs; if not, a pass without drafts shall bring the states."""
+        return True
 
     @abstractmethod
     def propose(self, states: Sequence[SequenceState], depth: int, budget: int) -> list[list[int]]:
@@ -78,6 +134,9 @@ class Drafter(ABC):
         """Take a completion of a prompt from elsewhere: of an earlier round, or admitted from the swarm."""
         return
 
-    def policy_changed(self, version: int) -> None:
-        """The policy has new weights: what was learned of it counts for less."""
+    def policy_changed(self, version: int, weights: Mapping[str, Any] | None = None) -> None:
+        """The policy has new weights: what was learned of it counts for less.
+
+        weights: the policy's, for drafters that share some; good until they are next trained on.
+        """
         return

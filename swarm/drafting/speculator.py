@@ -5,10 +5,11 @@ Nothing is done for a step that is decoded plainly: sequences are caught up with
 """
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from swarm.drafting.base import Drafter, SequenceState
+from swarm.drafting.base import Drafter, Drawing, Seen, SequenceState
 from swarm.drafting.ngram import NgramDrafter
 from swarm.drafting.suffix import SuffixDrafter
 from swarm.drafting.tuner import OFF, Strategy, StrategyTuner
@@ -27,6 +28,12 @@ class DraftCounts:
     num_tokens: int = 0
     num_kept: int = 0
 
+    def since(self, before: "DraftCounts") -> "DraftCounts":
+        """Return what has come since."""
+        return DraftCounts(
+            self.num_drafts - before.num_drafts, self.num_tokens - before.num_tokens, self.num_kept - before.num_kept
+        )
+
 
 class Speculator:
     """Chooses strategies, asks drafters and tells them what became of their drafts. One thread calls it."""
@@ -40,6 +47,7 @@ class Speculator:
         """strategy: the one that is always on, or what chooses one for each step."""
         self.drafters = {drafter.name: drafter for drafter in drafters}
         self.counts = {name: DraftCounts() for name in self.drafters}
+        self.num_states = max((drafter.num_states for drafter in self.drafters.values()), default=0)
         self.strategy, self._clock = strategy, clock
         offered = strategy.strategies if isinstance(strategy, StrategyTuner) else [strategy]
         for one in offered:
@@ -56,12 +64,28 @@ class Speculator:
         self._chosen = strategy.choose(num_running) if isinstance(strategy, StrategyTuner) else strategy
         return self._chosen != OFF
 
-    def state_of(self, request_id: int, prompt_ids: Sequence[int]) -> SequenceState:
-        """Return what drafters know of a sequence. The engine appends what was written since."""
+    def state_of(
+        self, request_id: int, prompt_ids: Sequence[int], drawing: Callable[[], Drawing] | None = None
+    ) -> SequenceState:
+        """Return what drafters know of a sequence. The engine appends what was written since.
+
+        drawing: says how its tokens are drawn, where it is new.
+        """
         state = self._states.get(request_id)
         if state is None:
-            state = self._states[request_id] = SequenceState(request_id, prompt_ids)
+            state = SequenceState(request_id, prompt_ids, None if drawing is None else drawing())
+            self._states[request_id] = state
         return state
+
+    def saw(self, seen: Collection[Seen], states: Any) -> None:
+        """Hand the policy's states to the drafters that want them; see Drafter."""
+        for drafter in self.drafters.values():
+            if drafter.num_states:
+                drafter.saw(seen, states)
+
+    def can_draft(self, states: Sequence[SequenceState]) -> bool:
+        """Whether the chosen drafter has what it needs; see Drafter."""
+        return self.drafters[self._chosen.drafter].can_draft(states)
 
     def propose(self, states: Sequence[SequenceState]) -> list[list[int]]:
         """Return the drafts of the chosen strategy."""
@@ -102,19 +126,42 @@ class Speculator:
         for drafter in self.drafters.values():
             drafter.learn(prompt_ids, token_ids)
 
-    def policy_changed(self, version: int) -> None:
-        """The policy has new weights."""
+    def policy_changed(self, version: int, weights: Mapping[str, Any] | None = None) -> None:
+        """The policy has new weights; see Drafter."""
         for drafter in self.drafters.values():
-            drafter.policy_changed(version)
+            drafter.policy_changed(version, weights)
         if isinstance(self.strategy, StrategyTuner):
             self.strategy.policy_changed(version)
 
+    @property
+    def saved_s(self) -> float | None:
+        """Seconds saved against plain decoding so far; None where plain decoding is not measured."""
+        return self.strategy.saved_s if isinstance(self.strategy, StrategyTuner) else None
 
-def make_speculator(mode: str) -> Speculator | None:
-    """Return what `engine.speculation` names: "off", a drafter that is always on, or "auto" with all of them."""
-    if mode == "off":
+    def arms(self) -> dict[int, str]:
+        """Return the strategy that holds for each size of the running batch, by the least size of its bucket."""
+        if isinstance(self.strategy, StrategyTuner):
+            return {size: strategy.key for size, strategy in self.strategy.incumbents().items()}
+        return {1: self.strategy.key}
+
+    def state(self) -> dict[str, Any]:
+        """Return what has been learned of strategies, as plain data."""
+        return {"tuner": self.strategy.state()} if isinstance(self.strategy, StrategyTuner) else {}
+
+    def load_state(self, plain: Mapping[str, Any]) -> None:
+        """Go on with what `state` returned."""
+        if isinstance(self.strategy, StrategyTuner) and "tuner" in plain:
+            self.strategy.load_state(plain["tuner"])
+
+
+def make_speculator(mode: str, head: Drafter | None = None) -> Speculator | None:
+    """Return what `engine.speculation` names: "off", a drafter that is always on, or "auto" with all of them.
+
+    head: the learned drafter, where somebody teaches one; "head" without it decodes plainly.
+    """
+    if mode == "off" or (mode == "head" and head is None):
         return None
-    drafters = [SuffixDrafter(), NgramDrafter()]
+    drafters: list[Drafter] = [SuffixDrafter(), NgramDrafter(), *([head] if head is not None else [])]
     if mode != "auto":
         return Speculator([one for one in drafters if one.name == mode], Strategy(mode, *_FIXED))
     tuned = [Strategy(drafter.name, *sizes) for drafter in drafters for sizes in _TUNED]

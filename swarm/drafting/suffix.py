@@ -7,9 +7,10 @@ a budget goes to the most likely tokens of all sequences. Memory is bounded by a
 
 from array import array
 from collections import OrderedDict, deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from swarm.drafting.base import Drafter, SequenceState, extend_hashes
+from swarm.drafting.base import Drafter, SequenceState, extend_hashes, within_budget
 from swarm.drafting.contexts import NUM_CLASSES, ContextTable
 
 __all__ = ["SuffixDrafter"]
@@ -86,14 +87,7 @@ class SuffixDrafter(Drafter):
             drafts.append(draft)
             chances.append(chance)
             self._classes[state.request_id] = classes
-        if sum(map(len, drafts)) > budget:
-            # chances fall along a draft, so the likeliest tokens of all are beginnings of drafts
-            likeliest = sorted((-one, place) for place, chance in enumerate(chances) for one in chance)[:budget]
-            nums = [0] * len(states)
-            for _, place in likeliest:
-                nums[place] += 1
-            drafts = [draft[:num] for draft, num in zip(drafts, nums, strict=True)]
-        return drafts
+        return within_budget(drafts, chances, budget)
 
     def _catch_up(self, states: Sequence[SequenceState]) -> None:
         """Index what has come: a part of it where it is much, so that no step waits long."""
@@ -146,7 +140,7 @@ class SuffixDrafter(Drafter):
             self._grow(prompt, len(token_ids))
             self._trim()
 
-    def policy_changed(self, version: int) -> None:
+    def policy_changed(self, version: int, weights: Mapping[str, Any] | None = None) -> None:
         """Trust the observed acceptance half as much. Texts stay: most of what they say still holds."""
         for kind in range(NUM_CLASSES):
             self._kept[kind] = (self._kept[kind] + _PRIOR_KEPT) / 2

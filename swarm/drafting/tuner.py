@@ -115,6 +115,7 @@ class StrategyTuner:
 
     strategies: Sequence[Strategy]  # beside OFF
     max_lost_share: float = 0.01  # of the time, that speculation may lose against plain decoding
+    saved_s: float = field(default=0.0, init=False)  # by speculation, against OFF as it was last measured
     _buckets: dict[int, _Bucket] = field(default_factory=dict, init=False)
     _bucket_of_size: dict[int, _Bucket] = field(default_factory=dict, init=False)
     _all: list[Strategy] = field(init=False)
@@ -174,7 +175,9 @@ class StrategyTuner:
         off, arm = bucket.arms[0], bucket.arms[bucket.chosen]
         progress = num_tokens / num_running
         if bucket.chosen and off.rate:
-            bucket.lost_s = max(0.0, bucket.lost_s + elapsed_s - progress / off.rate)
+            saved_s = progress / off.rate - elapsed_s
+            self.saved_s += saved_s
+            bucket.lost_s = max(0.0, bucket.lost_s - saved_s)
         arm.add(progress, elapsed_s)
         if bucket.burst_left:
             bucket.burst_left -= 1

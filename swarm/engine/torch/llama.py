@@ -76,7 +76,7 @@ class LlamaShape:
 class _Layer:
     """The weights of one decoder layer, in the order in which they are used."""
 
-    attention_norm: torch.Tensor
+    attention_norm: torch.Tensor | None  # a drafter's layer has none
     qkv: PackedLinear
     query_norm: torch.Tensor | None
     key_norm: torch.Tensor | None
@@ -103,7 +103,7 @@ class LlamaRunner(ModelRunner):
 
     embedding: torch.Tensor
     head: PackedLinear
-    final_norm: torch.Tensor
+    final_norm: torch.Tensor | None  # likewise
 
     def __init__(self, model: Any, num_slots: int, capacity: int) -> None:
         shape = LlamaShape.of(model)
@@ -147,14 +147,16 @@ class LlamaRunner(ModelRunner):
         if self._layers and self.device.type != "cpu":
             self.embedding.copy_(state["model.embed_tokens.weight"])
             self.head.weight.copy_(state.get("lm_head.weight", self.embedding))
-            self.final_norm.copy_(state["model.norm.weight"])
+            if self.final_norm is not None:
+                self.final_norm.copy_(state["model.norm.weight"])
             for index, layer in enumerate(self._layers):
                 layer.copy_(self._layer(state, f"model.layers.{index}."))
             return
         self.embedding = state["model.embed_tokens.weight"].clone()
         head = state.get("lm_head.weight", self.embedding)
         self.head = PackedLinear(head.clone() if head is not self.embedding else head)
-        self.final_norm = state["model.norm.weight"].clone()
+        final_norm = state.get("model.norm.weight")
+        self.final_norm = None if final_norm is None else final_norm.clone()
         self._layers = [self._layer(state, f"model.layers.{index}.") for index in range(self.num_layers)]
 
     def _layer(self, state: Mapping[str, torch.Tensor], prefix: str) -> _Layer:
@@ -181,7 +183,8 @@ class LlamaRunner(ModelRunner):
             return None if weight is None else _pairs_side_by_side(weight, self.head_dim)
 
         layer = _Layer()
-        layer.attention_norm = state[f"{prefix}input_layernorm.weight"].clone()
+        attention_norm = state.get(f"{prefix}input_layernorm.weight")
+        layer.attention_norm = None if attention_norm is None else attention_norm.clone()
         layer.qkv = linear("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
         layer.query_norm, layer.key_norm = norm("q_norm"), norm("k_norm")
         layer.out = linear("self_attn.o_proj")
@@ -189,6 +192,10 @@ class LlamaRunner(ModelRunner):
         layer.gate_up = linear("mlp.gate_proj", "mlp.up_proj")
         layer.down = linear("mlp.down_proj")
         return layer
+
+    def _normed(self, hidden: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+        """Normalise states where there is a norm. hidden: [n, hidden]. returns: likewise."""
+        return hidden if weight is None else torch.rms_norm(hidden, hidden.shape[-1:], weight, self.epsilon)
 
     def _project(
         self, layer: _Layer, hidden: torch.Tensor, rotation: torch.Tensor
@@ -198,7 +205,7 @@ class LlamaRunner(ModelRunner):
         hidden: [n, hidden]. rotation: [n, num_heads + num_kv_heads, head_dim / 2].
         returns: [n, num_heads, head_dim] and [n, 2 * num_kv_heads, head_dim].
         """
-        normed = torch.rms_norm(hidden, hidden.shape[-1:], layer.attention_norm, self.epsilon)
+        normed = self._normed(hidden, layer.attention_norm)
         projected = layer.qkv(normed).unflatten(-1, (-1, self.head_dim))  # [n, heads + 2 * kv heads, head_dim]
         num_rotated = self.num_heads + self.num_kv_heads
         if layer.query_norm is not None and layer.key_norm is not None:
@@ -256,7 +263,7 @@ class LlamaRunner(ModelRunner):
             query = query.unflatten(1, (self.num_kv_heads, group))
             hidden = layer.out.plus(attend(query, cache).to(self.dtype), hidden)
             hidden = self._feed_forward(layer, hidden)
-        return torch.rms_norm(hidden, hidden.shape[-1:], self.final_norm, self.epsilon)
+        return self._normed(hidden, self.final_norm)
 
     def extend(self, tokens: torch.Tensor, counts: Sequence[int], lengths: Sequence[int]) -> torch.Tensor:
         """Append several tokens to each slot; see ModelRunner."""
@@ -289,7 +296,7 @@ class LlamaRunner(ModelRunner):
             hidden = layer.out.plus(attended.to(self.dtype), hidden)
             hidden = self._feed_forward(layer, hidden)
         last = last_rows(lengths, num_last).to(self.device)
-        return torch.rms_norm(hidden[last], hidden.shape[-1:], self.final_norm, self.epsilon)
+        return self._normed(hidden[last], self.final_norm)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Apply the language model head; see ModelRunner."""

@@ -61,9 +61,15 @@ def test_a_strategy_needs_its_drafter():
 
 @pytest.mark.parametrize("mode", EngineConfig.model_fields["speculation"].annotation.__args__)
 def test_every_mode_that_a_config_may_name(mode):
+    class Head(NgramDrafter):
+        name = "head"
+
     speculator = make_speculator(mode)
-    if mode == "off":
+    if mode in ("off", "head"):  # nobody teaches one
         assert speculator is None
     else:
         assert set(speculator.drafters) == ({"suffix", "ngram"} if mode == "auto" else {mode})
-        assert isinstance(speculator.strategy, StrategyTuner) == (mode == "auto")
+    if mode != "off":
+        taught = make_speculator(mode, Head())
+        assert set(taught.drafters) == ({"suffix", "ngram", "head"} if mode == "auto" else {mode})
+        assert isinstance(taught.strategy, StrategyTuner) == (mode == "auto")

@@ -1,0 +1,312 @@
+"""The learned drafter in use: drafts from the policy's last states, with the noise that the policy itself will draw by.
+
+It has a KV cache of its own, a slot for each running sequence. What the engine computes anyway, the states after each
+token, is handed to it (`saw`) and kept for a few steps; a draft begins with all that is new of a sequence in one pass,
+and goes on token by token on the drafter's own states. Each token is drawn from the drafter's distribution with the
+noise of its request and position: where drafter and policy agree, they draw the same token, at any temperature.
+
+A sequence that was decoded plainly for long begins anew from its last tokens: attention over positions counts distances
+alone. The network and its weights are `head_model`'s and `learner`'s.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from swarm.drafting.base import Drafter, Seen, SequenceState, within_budget
+from swarm.drafting.head_model import HeadModel
+from swarm.drafting.pairs import CONTEXT_TOKENS
+from swarm.engine.torch.attention import Extension, window_mask
+from swarm.engine.torch.linear import PackedLinear
+from swarm.engine.torch.llama import LlamaRunner
+from swarm.engine.torch.native import NativeRunner
+from swarm.engine.torch.sampling import Mode, sample
+
+__all__ = ["HeadDrafter"]
+
+_LEAST_CHANCE = 0.15  # of a draft being right up to a token, for the next one to be drafted
+_PRIOR_KEPT, _PRIOR_TRIED = 3.0, 4.0
+_MEMORY_TOKENS = 256.0  # observations after which they count half
+
+
+class _NativeLayer(NativeRunner):
+    """Runs the drafter's layer through the compiled kernels, on inputs that are no embeddings of tokens."""
+
+    def place(self, inputs: Tensor) -> Tensor:
+        """Put inputs where embeddings are looked up, and return the "tokens" that stand for them."""
+        self._tensors["embedding"][: len(inputs)] = inputs
+        return torch.arange(len(inputs))
+
+    def extend_slots(
+        self, tokens: Tensor, counts: Sequence[int], lengths: Sequence[int], slots: Sequence[int]
+    ) -> Tensor:
+        """Like `extend`, with the slots named. slots: [len(counts)]."""
+        positions = torch.cat([torch.arange(at, at + num) for at, num in zip(lengths, counts, strict=True)])
+        places = self._places[torch.tensor(slots)].repeat_interleave(torch.tensor(counts))
+        return self._forward(tokens, places, positions)
+
+
+class _TorchLayer(LlamaRunner):
+    """The same by torch's own operations, on any device."""
+
+    def place(self, inputs: Tensor) -> Tensor:
+        """See _NativeLayer."""
+        self.embedding[: len(inputs)] = inputs
+        return torch.arange(len(inputs), device=self.device)
+
+    def extend_slots(
+        self, tokens: Tensor, counts: Sequence[int], lengths: Sequence[int], slots: Sequence[int]
+    ) -> Tensor:
+        """See _NativeLayer."""
+        new, chosen = Extension(counts, lengths, self.device), torch.tensor(slots, device=self.device)
+        mask = window_mask(new.limits, self.num_heads // self.num_kv_heads, new.longest, self.cache_dtype)
+
+        def attend(query: Tensor, cache: Tensor) -> Tensor:
+            return new.attend(query, cache[0][chosen], cache[1][chosen], mask)
+
+        return self._decode(tokens, new.positions, attend, chosen[new.slots])
+
+
+@dataclass(slots=True)
+class _Pass:
+    """States of one forward pass of the policy."""
+
+    states: Tensor  # [num_rows, hidden]
+    places: dict[int, Seen]  # by request id
+
+
+@dataclass(slots=True)
+class _Cached:
+    """What the drafter's cache holds of a sequence: the pairs of positions `begin` to `end` - 1."""
+
+    slot: int
+    begin: int
+    end: int
+
+
+class HeadDrafter(Drafter):
+    """Drafts by a network that learns from the policy."""
+
+    name = "head"
+    num_states = CONTEXT_TOKENS
+
+    def __init__(
+        self,
+        model: HeadModel,
+        policy: Any,
+        vocabulary: Callable[[], Tensor],
+        *,
+        num_slots: int,
+        capacity: int,
+    ) -> None:
+        """model: taken over at every `policy_changed`, as are the policy's weights, whose first ones `policy` holds.
+
+        vocabulary: the tokens that drafts are made of, int64, in order. capacity: tokens of one sequence.
+        """
+        self._model, self._vocabulary_now = model, vocabulary
+        self._num_slots, self._capacity = num_slots, capacity
+        self._device, self._dtype = policy.device, policy.dtype
+        self._vocab_size = policy.config.vocab_size
+        self._runner: _NativeLayer | _TorchLayer | None = None
+        self._seen: deque[_Pass] = deque(maxlen=CONTEXT_TOKENS)
+        self._cached: dict[int, _Cached] = {}
+        self._holders: list[int | None] = [None] * num_slots  # request id by slot
+        self._kept = [_PRIOR_KEPT] * 2  # of tokens that the drafter is unsure and sure of
+        self._tried = [_PRIOR_TRIED] * 2
+        self._sure: dict[int, list[bool]] = {}
+        self.take(policy.state_dict())
+
+    def take(self, weights: Mapping[str, Tensor]) -> None:
+        """Take the drafter's weights as they are now, and what it shares with the policy: live tensors, not copied."""
+        config, own = self._model.config, self._model.state_dict()
+        embedding = weights["model.embed_tokens.weight"].detach()
+        self._embedding = embedding
+        self._vocabulary = self._vocabulary_now().to(self._device)
+        head = weights.get("lm_head.weight", embedding).detach().index_select(0, self._vocabulary)
+        self._fc = PackedLinear(own["fc.weight"].detach().clone())
+        state = {f"model.{name}": one.detach() for name, one in own.items() if name.startswith("layers.")}
+        num_inputs = self._num_slots * (CONTEXT_TOKENS + 1)
+        state["model.embed_tokens.weight"] = embedding.new_zeros(num_inputs, config.hidden_size)
+        state["lm_head.weight"] = head
+        if self._runner is None or self._runner.vocab_size != len(head):
+            shape = SimpleNamespace(**{**config.to_dict(), "vocab_size": len(head)})
+            layer = SimpleNamespace(
+                config=shape, device=self._device, dtype=self._dtype, model=self._model, state_dict=lambda: state
+            )
+            kind = _NativeLayer if _NativeLayer.supports(layer) else _TorchLayer
+            self._runner = kind(layer, self._num_slots, self._capacity)
+        else:
+            self._runner.load(state)
+
+    def saw(self, seen: Iterable[Seen], states: Tensor) -> None:
+        """See Drafter."""
+        self._seen.append(_Pass(states, {one.request_id: one for one in seen}))
+
+    def can_draft(self, states: Sequence[SequenceState]) -> bool:
+        """Whether the last state of any sequence is known; else a pass without drafts has to bring it."""
+        return any(self._find(state, len(state.tokens) - 2) is not None for state in states)
+
+    def _find(self, state: SequenceState, position: int) -> tuple[_Pass, int] | None:
+        """Return where the state after the token of a position is."""
+        for seen in reversed(self._seen):
+            place = seen.places.get(state.request_id)
+            if place is not None and place.first <= position < place.first + place.num:
+                return seen, place.row + position - place.first
+        return None
+
+    @torch.inference_mode()
+    def propose(self, states: Sequence[SequenceState], depth: int, budget: int) -> list[list[int]]:
+        """See Drafter. Where the budget is short, it goes to the likeliest tokens."""
+        assert self._runner is not None
+        drafts: list[list[int]] = [[] for _ in states]
+        chances: list[list[float]] = [[] for _ in states]
+        self._arrange(states)
+        ready = [index for index, state in enumerate(states) if state.room > 0 and len(state.tokens) >= 2]
+        found = self._catch_up(states, ready)
+        if found is None:
+            return drafts
+        places, hidden = found  # of those whose last state is known; [len(places), hidden]
+        likely = np.ones(len(places))
+        for step in range(min(depth, budget)):
+            members = [states[index] for index in places]
+            tokens, logprobs = self._draw(self._runner.logits(hidden), members, step)
+            sure = logprobs > -0.5
+            for at, index in enumerate(places):
+                kind = int(sure[at])
+                likely[at] *= self._kept[kind] / self._tried[kind]
+                drafts[index].append(int(tokens[at]))
+                chances[index].append(float(likely[at]))
+                self._sure.setdefault(states[index].request_id, []).append(bool(kind))
+            go_on = [
+                at for at, index in enumerate(places)
+                if likely[at] >= _LEAST_CHANCE and len(drafts[index]) < min(depth, states[index].room)
+            ]  # fmt: skip
+            if not go_on or sum(map(len, drafts)) >= budget or step + 1 == min(depth, budget):
+                break
+            if len(go_on) < len(places):
+                keep = torch.tensor(go_on, device=hidden.device)
+                hidden, tokens, likely = hidden[keep], tokens[go_on], likely[go_on]
+                places = [places[at] for at in go_on]
+            hidden = self._advance(hidden, tokens, [states[index] for index in places], step)
+        return within_budget(drafts, chances, budget)
+
+    def _arrange(self, states: Sequence[SequenceState]) -> None:
+        """Let the n-th sequence have the n-th slot; one whose slot is taken begins anew."""
+        assert self._runner is not None
+        for slot, state in enumerate(states):
+            self._sure[state.request_id] = []
+            cached = self._cached.get(state.request_id)
+            if cached is not None and cached.slot == slot:
+                continue
+            holder = self._holders[slot]
+            if holder is not None:
+                del self._cached[holder]
+            if cached is not None:
+                self._runner.move(cached.slot, slot, cached.end - cached.begin)
+                self._holders[cached.slot] = None
+                cached.slot = slot
+            self._holders[slot] = state.request_id if cached is not None else None
+
+    def _catch_up(self, states: Sequence[SequenceState], ready: Sequence[int]) -> tuple[list[int], Tensor] | None:
+        """Run the pairs that are new; return which sequences have a last state, and the drafter's own after it."""
+        assert self._runner is not None
+        counts = [0] * len(states)
+        parts: list[Tensor] = []
+        tokens: list[int] = []
+        for index in ready:
+            state = states[index]
+            end = len(state.tokens) - 1  # the pair of a position needs the token after it
+            cached = self._cached.get(state.request_id)
+            begin = cached.end if cached is not None and cached.end < end else end
+            rows: list[Tensor] = []
+            position = end - 1
+            least = max(begin if begin < end else 0, end - CONTEXT_TOKENS)
+            while position >= least and (place := self._find(state, position)) is not None:
+                seen, row = place
+                first = max(least, seen.places[state.request_id].first)
+                num = position - first + 1
+                rows.append(seen.states[row - num + 1 : row + 1])
+                position = first - 1
+            if not rows:
+                continue
+            first = position + 1
+            if cached is None or first != cached.end:
+                cached = self._cached[state.request_id] = _Cached(index, first, first)
+                self._holders[index] = state.request_id
+            parts += reversed(rows)
+            counts[index] = end - first
+            tokens += state.tokens[first + 1 : end + 1]
+        places = [index for index in ready if counts[index]]
+        if not places:
+            return None
+        lengths = []
+        for index in places:
+            cached = self._cached[states[index].request_id]
+            lengths.append(cached.end - cached.begin)
+            cached.end += counts[index]
+        hidden = self._run(torch.cat(parts), tokens, [counts[index] for index in places], lengths, places)
+        last = torch.tensor([counts[index] for index in places]).cumsum(0) - 1
+        return places, hidden[last.to(hidden.device)]
+
+    def _advance(self, hidden: Tensor, tokens: np.ndarray, members: Sequence[SequenceState], step: int) -> Tensor:
+        """Append drafted tokens, on the drafter's own states. hidden: [n, hidden]. returns: likewise."""
+        cached = [self._cached[state.request_id] for state in members]
+        lengths = [one.end - one.begin + step for one in cached]
+        return self._run(hidden, tokens.tolist(), [1] * len(members), lengths, [one.slot for one in cached])
+
+    def _run(
+        self, states: Tensor, tokens: Sequence[int], counts: Sequence[int], lengths: Sequence[int], slots: Sequence[int]
+    ) -> Tensor:
+        """Run pairs of states and the tokens after them. states: [sum(counts), hidden]. returns: likewise."""
+        assert self._runner is not None
+        embedded = self._embedding[torch.tensor(tokens, device=self._device)]
+        inputs = self._fc(torch.cat([embedded, states.to(self._dtype)], dim=-1))
+        return self._runner.extend_slots(self._runner.place(inputs), counts, lengths, slots)
+
+    def _draw(self, logits: Tensor, members: Sequence[SequenceState], step: int) -> tuple[np.ndarray, np.ndarray]:
+        """Draw the next token of each sequence by the noise that it will be drawn by, and its log-probability."""
+        if len(self._vocabulary) < self._vocab_size:
+            whole = logits.new_full((len(logits), self._vocab_size), -torch.inf)
+            logits = whole.index_copy_(1, self._vocabulary, logits)
+        columns = [state.drawing for state in members if state.drawing is not None]
+        seeds = torch.tensor([one.seed for one in columns], device=self._device)
+        positions = torch.tensor([state.num_written + step for state in members], device=self._device)
+        temperature, top_p = np.array([[one.temperature, one.top_p] for one in columns], dtype=np.float32).T
+        top_k = np.array([one.top_k for one in columns])
+        tensors = (torch.from_numpy(one.copy()).to(self._device) for one in (temperature, top_k, top_p))
+        drawn, logprobs = sample(logits, seeds, positions, *tensors, mode=Mode.of(temperature, top_k, top_p))
+        return drawn.cpu().numpy(), logprobs.cpu().numpy()
+
+    def verified(self, state: SequenceState, draft: Sequence[int], num_kept: int) -> None:
+        """Count how often tokens were right that the drafter was sure of, and others."""
+        for index, sure in enumerate(self._sure.get(state.request_id, [])[: min(num_kept + 1, len(draft))]):
+            if self._tried[sure] >= _MEMORY_TOKENS:
+                self._kept[sure], self._tried[sure] = self._kept[sure] / 2, self._tried[sure] / 2
+            self._tried[sure] += 1
+            self._kept[sure] += index < num_kept
+
+    def observe(self, state: SequenceState) -> None:
+        """Forget a sequence that does not run any more."""
+        self._sure.pop(state.request_id, None)
+        cached = self._cached.pop(state.request_id, None)
+        if cached is not None:
+            self._holders[cached.slot] = None
+        for seen in self._seen:
+            seen.places.pop(state.request_id, None)
+
+    def policy_changed(self, version: int, weights: Mapping[str, Any] | None = None) -> None:
+        """Take new weights. States of the old policy are forgotten: every sequence is prefilled again."""
+        if weights is not None:
+            self.take(weights)
+        self._seen.clear()
+        self._cached.clear()
+        self._holders = [None] * self._num_slots
+        for kind in range(2):
+            self._kept[kind] = (self._kept[kind] + _PRIOR_KEPT) / 2
+            self._tried[kind] = (self._tried[kind] + _PRIOR_TRIED) / 2
