@@ -9,6 +9,7 @@ import asyncio
 import logging
 import os
 import platform
+import re
 import shutil
 import sys
 import tempfile
@@ -32,6 +33,7 @@ from hivemind.utils.multiaddr import Multiaddr
 from protocol.identity import Identity
 from protocol.transport.base import PeerUnreachable, TransportDown, TransportError
 from protocol.transport.hivemind_settings import HivemindSettings
+from protocol.transport.peer_id import base58_decode
 
 __all__ = ["CallFilter", "Daemon", "start_daemon"]
 
@@ -43,6 +45,7 @@ if os.getppid() != int(sys.argv[1]):
     sys.exit("the parent has ended")
 os.execv(sys.argv[2], sys.argv[2:])
 """
+_P2P_CODE = bytes.fromhex("a503")  # of /p2p/ in a multiaddress: 421 as a varint
 _IDENTITY_PREFIX = bytes.fromhex("08011240")  # libp2p's protobuf of an Ed25519 private key: type 1, 64 bytes
 _END_TIMEOUT_S = 3.0
 
@@ -78,6 +81,8 @@ class Daemon(P2P):  # type: ignore[misc]  # hivemind has no types
     @staticmethod
     def _make_process_args(*args: Any, **kwargs: Any) -> list[str]:
         command: list[str] = P2P._make_process_args(*args, **kwargs)
+        if "trustedRelays" in kwargs:
+            command.append("-relayDiscovery=false")  # these alone, and at once: discovery begins after three minutes
         if platform.system() == "Linux":
             return [sys.executable, "-I", "-S", "-c", _DIE_WITH_PARENT, str(os.getpid()), *command]
         return command
@@ -127,21 +132,26 @@ class Daemon(P2P):  # type: ignore[misc]  # hivemind has no types
         return reader, writer
 
     @staticmethod
-    def parse(address: str) -> Multiaddr:
-        """Return a multiaddress. Raises ValueError for text that is none."""
+    def parse(address: str) -> bytes:
+        """Return a multiaddress as p2pd reads it. Raises ValueError for text that is none.
+
+        A peer id within it, of a relay, is a multihash to p2pd, where hivemind writes a CID.
+        """
+        first, *rest = re.split(r"/p2p/([^/]*)", address)
         try:
-            return Multiaddr(address)
+            encoded = Multiaddr(first).to_bytes()
+            for peer, after in zip(rest[::2], rest[1::2], strict=True):
+                multihash = base58_decode(peer)
+                encoded += _P2P_CODE + bytes([len(multihash)]) + multihash
+                encoded += Multiaddr(after).to_bytes() if after else b""
         except Exception as error:  # hivemind's own parser has a dozen kinds of errors
             raise ValueError(f"not a multiaddress: {address[:200]!r}") from error
+        return encoded
 
-    async def connect(self, peer: bytes, addresses: list[Multiaddr]) -> None:
-        """Connect to a peer. Raises PeerUnreachable or TransportDown."""
-        await self._call(
-            p2pd_pb2.Request(
-                type=p2pd_pb2.Request.CONNECT,
-                connect=p2pd_pb2.ConnectRequest(peer=peer, addrs=[address.to_bytes() for address in addresses]),
-            )
-        )
+    async def connect(self, peer: bytes, addresses: list[bytes]) -> None:
+        """Connect to a peer, at addresses that `parse` gave. Raises PeerUnreachable or TransportDown."""
+        connect = p2pd_pb2.ConnectRequest(peer=peer, addrs=addresses)
+        await self._call(p2pd_pb2.Request(type=p2pd_pb2.Request.CONNECT, connect=connect))
 
     async def disconnect(self, peer: bytes) -> None:
         """Close every connection to a peer. Raises TransportDown."""

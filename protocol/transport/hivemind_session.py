@@ -27,11 +27,11 @@ class Session:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._has_ended = False
 
-    def parse(self, address: str) -> Any:
-        """Return a multiaddress as p2pd takes it. Raises ValueError."""
+    def parse(self, address: str) -> bytes:
+        """Return a multiaddress as p2pd reads it. Raises ValueError."""
         return self.daemon.parse(address)
 
-    async def connect(self, node_id: str, target: Any) -> None:
+    async def connect(self, node_id: str, target: bytes) -> None:
         """Connect to a peer, and get to know it. Raises PeerUnreachable, ClockSkewed."""
         peer = peer_bytes_of(node_id)
         await self.daemon.connect(peer, [target])
