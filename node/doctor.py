@@ -66,6 +66,7 @@ def run_checks(config: RunConfig) -> Iterator[Check]:
     if torch_check.status == "fail":
         return
     yield _guarded("device", lambda: _device(config))
+    yield _guarded("engine", lambda: _engine(config))
     yield _guarded("bf16", _bf16)
     yield _threads(config)
     yield _memory()
@@ -115,6 +116,14 @@ def _device(config: RunConfig) -> Check:
     return Check(
         "device", "ok", f"{torch.cuda.get_device_name(device)}, {free / _GIB:.0f} of {total / _GIB:.0f} GiB free"
     )
+
+
+def _engine(config: RunConfig) -> Check:
+    from swarm.engine.choice import choose_for
+    from swarm.policy import resolve_device
+
+    choice = choose_for(config.engine, resolve_device(config.model.device))
+    return Check("engine", "ok", f"{choice.backend}: {choice.reason}")
 
 
 def _bf16() -> Check:

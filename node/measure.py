@@ -103,11 +103,12 @@ def describe_evaluation(found: "Evaluation", when: str = "") -> dict[str, Any]:
 def describe_update(stats: "UpdateStats | None") -> dict[str, float | None]:
     """Return what an update did; nulls where a round had nothing to learn from."""
     if stats is None:
-        return dict.fromkeys(("loss", "grad_norm", "clip_fraction", "tis_mean", "learning_rate"), None)
+        return dict.fromkeys(("loss", "grad_norm", "clip_fraction", "tis_mean", "mismatch", "learning_rate"), None)
     return {
         "loss": _finite(stats.loss),
         "grad_norm": _finite(stats.grad_norm),
         "clip_fraction": _finite(stats.clip_fraction),
         "tis_mean": _finite(stats.tis_mean),
+        "mismatch": _finite(stats.mismatch),
         "learning_rate": stats.learning_rate,
     }

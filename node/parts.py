@@ -5,7 +5,7 @@ Everything here imports torch, so that it is imported late and in the thread tha
 
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
@@ -15,8 +15,8 @@ import torch
 from node.config import RunConfig
 from node.interrupt import InterruptibleEngine
 from protocol.messages import TaskRef
+from swarm.engine import choice
 from swarm.engine.base import Engine
-from swarm.engine.torch import TorchEngine
 from swarm.policy import Policy, load_policy
 from swarm.rollout.collector import RolloutCollector
 from swarm.rollout.partial import PartialRollouts
@@ -61,8 +61,11 @@ class Parts:
     trainer: Trainer
 
 
-def build_parts(config: RunConfig, stopping: threading.Event) -> Parts:
-    """Load the policy and the tasks, and start the engine, the trainer and the scoring processes."""
+def build_parts(config: RunConfig, stopping: threading.Event, say: Callable[[str], None] = lambda _: None) -> Parts:
+    """Load the policy and the tasks, and start the engine, the trainer and the scoring processes.
+
+    `say` is told which engine was chosen, and why.
+    """
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
     torch.manual_seed(config.seed)  # what has no stream of its own: the first values of LoRA adapters
@@ -72,6 +75,8 @@ def build_parts(config: RunConfig, stopping: threading.Event) -> Parts:
         scorer_started = beside.submit(scorer.start)
         try:
             policy = load_policy(config.model)
+            chosen = choice.choose_for(config.engine, policy.model.device)
+            say(f"engine: {chosen.backend}: {chosen.reason}")
             engine = make_engine(config, policy, tasks)
             trainer = make_trainer(config, policy)
             scorer_started.result()
@@ -97,10 +102,10 @@ def make_rollouts(config: RunConfig, engine: Engine, policy: Policy, tasks: Task
     return PartialRollouts(engine, policy, config.rollout, config.seed, ahead)
 
 
-def make_engine(config: RunConfig, policy: Policy, tasks: TaskSet) -> TorchEngine:
-    """Start the engine, with a cache for sequences as long as this run needs."""
+def make_engine(config: RunConfig, policy: Policy, tasks: TaskSet) -> Engine:
+    """Start the engine that suits, with a cache for sequences as long as this run needs."""
     max_seq_len = config.engine.max_seq_len or _needed_seq_len(config, policy, tasks)
-    return TorchEngine(policy.model, eos_token_ids=policy.eos_token_ids, config=config.engine, max_seq_len=max_seq_len)
+    return choice.make_engine(policy, config.engine, max_seq_len=max_seq_len)
 
 
 def _needed_seq_len(config: RunConfig, policy: Policy, tasks: TaskSet) -> int:

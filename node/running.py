@@ -72,7 +72,7 @@ def run_node(
         def build(config: RunConfig, stopping: threading.Event) -> "Parts":
             from node.parts import build_parts  # torch and transformers take seconds: it is in its swarm meanwhile
 
-            parts = build_parts(config, stopping)
+            parts = build_parts(config, stopping, display.note)
             write_atomically(folder.config, to_toml(config))
             return parts
 

@@ -3,6 +3,7 @@
 SwarmError
 ├── UserError            the person who runs the node can fix it; the message is one line that names the fix
 │   ├── ModelError       a model that cannot be found or loaded
+│   ├── EngineError      a rollout engine that is not installed or does not fit
 │   ├── TaskError        an unknown task source, a refused scorer, a malformed task file
 │   └── CheckpointError  a checkpoint that cannot be written or read
 ├── TaskRefError         a task reference that cannot be resolved here: data, to be counted
@@ -10,11 +11,14 @@ SwarmError
 │   └── InvalidTaskRef   the source is ours and has no such item
 ├── ScoringError         scoring processes that do not start, or that the platform cannot confine
 │   └── PoolClosed       they were ended by another thread while something was being scored
+├── EngineFailed         the process of a rollout engine failed or is gone
 └── TrainingDiverged     three non-finite updates in a row; the last good checkpoint is intact
 """
 
 __all__ = [
     "CheckpointError",
+    "EngineError",
+    "EngineFailed",
     "InvalidTaskRef",
     "ModelError",
     "PoolClosed",
@@ -38,6 +42,10 @@ class UserError(SwarmError):
 
 class ModelError(UserError):
     """A model that cannot be found or loaded."""
+
+
+class EngineError(UserError):
+    """A rollout engine that is not installed or does not fit."""
 
 
 class TaskError(UserError):
@@ -66,6 +74,10 @@ class ScoringError(SwarmError):
 
 class PoolClosed(ScoringError):
     """The scoring processes were ended while something was being scored."""
+
+
+class EngineFailed(SwarmError):
+    """The process of a rollout engine failed or is gone; the message ends with what it printed last."""
 
 
 class TrainingDiverged(SwarmError):

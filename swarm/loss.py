@@ -64,6 +64,8 @@ class LossTerms:
     tis_sum: Tensor  # over all tokens
     kl_sum: Tensor
     surprisal_sum: Tensor  # of -logprob: its mean estimates the policy's entropy
+    mismatch_sum: Tensor  # of |old_logprob - behavior_logprob|, over the tokens whose behavior is known
+    num_known: Tensor  # tokens whose behavior is known
 
 
 def token_weight(
@@ -104,6 +106,8 @@ def policy_loss(logprobs: Tensor, terms: TokenTerms, config: TrainerConfig) -> L
         tis_sum=tis.sum(),
         kl_sum=kl_sum,
         surprisal_sum=-current.sum(),
+        mismatch_sum=torch.where(known, (old - terms.behavior_logprobs).abs(), 0.0).sum(),
+        num_known=known.sum(),
     )
 
 

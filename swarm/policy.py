@@ -16,6 +16,7 @@ from jinja2 import TemplateError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from swarm.config import ModelConfig
+from swarm.devices import look_at
 from swarm.errors import ModelError
 from swarm.models.gguf import load_gguf
 from swarm.models.loading import LOAD_ERRORS, first_line, load_checked, quiet, quiet_hub
@@ -189,12 +190,7 @@ def _dtype(name: str, device: torch.device, num_params: int) -> torch.dtype:
         return torch.float32 if name == "float32" else torch.bfloat16
     if num_params < MIN_PARAMS_FOR_BF16:
         return torch.float32
-    if device.type == "cpu":
-        capabilities = torch.cpu.get_capabilities()
-        fast = bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
-    else:
-        fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if fast else torch.float32
+    return torch.bfloat16 if look_at(device).has_fast_bf16 else torch.float32
 
 
 def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

@@ -30,7 +30,7 @@ from swarm.types import TrainingBatch, TrainingGroup
 
 __all__ = ["Trainer", "UpdateStats"]
 
-_NUM_SUMS = 5
+_NUM_SUMS = 7
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +41,7 @@ class UpdateStats:
     grad_norm: float  # before clipping, mean over optimizer steps
     clip_fraction: float  # share of tokens whose ratio was clipped
     tis_mean: float  # mean weight of truncated importance sampling
+    mismatch: float  # mean |log-prob of the trainer - that of what wrote the token|, nats; NaN where nobody knows it
     kl: float  # estimated KL to the reference, nats a token; 0 without a reference
     entropy: float  # estimated from the sampled tokens, nats a token
     learning_rate: float  # of the last optimizer step
@@ -129,13 +130,14 @@ class Trainer:
                 num_steps += 1
                 num_tokens_seen += sum(int(micro.row.targets.numel()) for micro in minibatch)
         self._policy_version += num_steps > 0
-        loss, num_clipped, tis, kl, surprisal = sums.tolist()
+        loss, num_clipped, tis, kl, surprisal, mismatch, num_known = sums.tolist()
         per_step, per_token = max(1, num_steps), max(1, num_tokens_seen)
         return UpdateStats(
             loss=loss / per_step if num_steps or not num_skipped else math.nan,
             grad_norm=norm_sum / per_step if num_steps or not num_skipped else math.nan,
             clip_fraction=num_clipped / per_token,
             tis_mean=tis / per_token,
+            mismatch=mismatch / num_known if num_known else math.nan,
             kl=kl / per_token,
             entropy=surprisal / per_token,
             learning_rate=self._learning_rate(self._num_steps - 1) if num_steps else 0.0,
@@ -312,5 +314,13 @@ def _num_masked(group: TrainingGroup, completion: int) -> int:
 
 def _sums(result: LossTerms) -> Tensor:
     """Return what a microbatch adds to the statistics, [_NUM_SUMS], on its device."""
-    parts = (result.loss.detach(), result.num_clipped, result.tis_sum, result.kl_sum, result.surprisal_sum)
+    parts = (
+        result.loss.detach(),
+        result.num_clipped,
+        result.tis_sum,
+        result.kl_sum,
+        result.surprisal_sum,
+        result.mismatch_sum,
+        result.num_known,
+    )
     return torch.stack([part.to(torch.float32) for part in parts])

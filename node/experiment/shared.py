@@ -24,7 +24,6 @@ from node.interrupt import InterruptibleEngine
 from node.parts import Parts, make_engine, make_rollouts, make_trainer
 from protocol.messages import TaskRef
 from swarm.engine.base import Engine, EngineStats, Request
-from swarm.engine.torch import TorchEngine
 from swarm.policy import Policy, load_policy
 from swarm.scoring import Outcome, Score, ScoringPool
 from swarm.tasks import TaskSet, build_task_set
@@ -87,7 +86,7 @@ class ScorerShare:
 class SharedEngine:
     """An engine, and the share whose weights it has."""
 
-    def __init__(self, engine: TorchEngine) -> None:
+    def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.owner: EngineShare | None = None
 
@@ -188,7 +187,7 @@ class SharedParts:
         policy = replace(original, model=copy.deepcopy(original.model))
         trainer = make_trainer(config, policy)
         tasks = self.tasks(config)
-        engine: TorchEngine | EngineShare
+        engine: Engine
         if config.rollout.is_partial:  # requests are in flight from one round to the next
             engine = make_engine(config, original, tasks)
         else:

@@ -10,12 +10,12 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from swarm.types import Completion
+from swarm.types import Completion, Segment
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Engine", "EngineStats", "Request", "SamplingParams"]
+__all__ = ["Engine", "EngineStats", "Request", "SamplingParams", "check_request", "joined_segments"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,3 +129,35 @@ class Engine(ABC):
         while self.num_unfinished:
             done.update((completion.request_id, completion) for completion in self.step())
         return [done[request.request_id] for request in requests]
+
+
+def check_request(request: Request, max_seq_len: int, vocab_size: int) -> None:
+    """Raise ValueError for a request that no engine of this length and vocabulary can run; see `Engine.submit`."""
+    name, partial = f"request {request.request_id}", request.partial
+    if not request.prompt_ids:
+        raise ValueError(f"{name} has an empty prompt")
+    if request.seed >> 64:
+        raise ValueError(f"{name} has seed {request.seed}, which is not an unsigned 64-bit number")
+    need = len(request.prompt_ids) + request.sampling.max_new_tokens
+    if need > max_seq_len:
+        raise ValueError(f"{name} needs {need} tokens, engine.max_seq_len is {max_seq_len}")
+    token_ids = request.prompt_ids + (partial.token_ids if partial else ()) + request.draft
+    if len(token_ids) > need:
+        raise ValueError(f"{name} has a draft of more tokens than its budget leaves")
+    if min(token_ids) < 0 or max(token_ids) >= vocab_size:
+        raise ValueError(f"{name} holds a token outside the vocabulary of {vocab_size}")
+    if partial is None:
+        return
+    if partial.finish_reason != "aborted" or len(partial.token_ids) >= request.sampling.max_new_tokens:
+        raise ValueError(f"{name} resumes a completion that has already finished")
+    if len(partial.logprobs) != len(partial.token_ids):
+        raise ValueError(
+            f"{name} resumes {len(partial.token_ids)} tokens with {len(partial.logprobs)} log-probabilities"
+        )
+
+
+def joined_segments(segments: tuple[Segment, ...], new: Segment) -> tuple[Segment, ...]:
+    """Append a segment, merging it with the last one where the same policy wrote both."""
+    if segments and segments[-1].policy_version == new.policy_version:
+        return (*segments[:-1], Segment(new.policy_version, segments[-1].start, new.end))
+    return (*segments, new)

@@ -1,7 +1,8 @@
 """What the contract is tested on: engines by name, over tiny random models of several families.
 
 SWARM_TEST_DEVICE names the device, as torch does; without it everything runs on the CPU. There the runners for other
-devices run as well: through the step that is recorded on a GPU, as it is.
+devices run as well: through the step that is recorded on a GPU, as it is. An engine is added by naming it in SETUPS and
+making it in `Kind.engine`.
 """
 
 import os
@@ -15,6 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
 from swarm.config import EngineConfig
+from swarm.devices import look_at
 from swarm.drafting.speculator import Speculator
 from swarm.engine.base import Engine
 from swarm.engine.torch import TorchEngine
@@ -23,6 +25,8 @@ from swarm.engine.torch.graphs import DecodeStep
 from swarm.engine.torch.llama import LlamaRunner
 from swarm.engine.torch.native import NativeRunner
 from swarm.engine.torch.runner import ModelRunner
+from swarm.engine.vllm import VllmEngine, VllmHost
+from swarm.engine.vllm.installed import find_vllm, why_not
 from swarm.types import Completion
 
 _SIZES: dict[str, Any] = {
@@ -33,6 +37,8 @@ FAMILIES = {
     "llama": lambda: LlamaConfig(vocab_size=203, **_SIZES),
     "qwen2": lambda: Qwen2Config(vocab_size=208, tie_word_embeddings=True, **_SIZES),
     "qwen3": lambda: Qwen3Config(vocab_size=250, head_dim=32, **_SIZES),
+    # vLLM's attention on CPUs has no heads of 16 values
+    "llama-wide": lambda: LlamaConfig(vocab_size=203, head_dim=32, **_SIZES),
 }
 DEVICE = torch.device(os.environ.get("SWARM_TEST_DEVICE", "cpu"))
 ON_CPU = DEVICE.type == "cpu"
@@ -40,15 +46,26 @@ ON_CPU = DEVICE.type == "cpu"
 
 @dataclass(frozen=True)
 class Setup:
-    """How an engine runs a model."""
+    """How an engine runs a model. Without a runner it is vLLM."""
 
-    runner: type[ModelRunner]
+    runner: type[ModelRunner] | None
     dtype: torch.dtype
     batch_invariant: bool = False  # whether it promises the same bits whatever shares the batch
     device_step: bool = False  # on the CPU: decode by the step for other devices
     record_graphs: bool = True
 
+    @property
+    def is_torch(self) -> bool:
+        return self.runner is not None
 
+    @property
+    def families(self) -> tuple[str, ...]:
+        """The first stands for all where one is enough."""
+        return ("llama", "qwen2", "qwen3") if self.is_torch else ("llama-wide", "qwen3")
+
+
+VLLM_SETUPS = {"vllm-fp32": Setup(None, torch.float32), "vllm-bf16": Setup(None, torch.bfloat16)}
+NO_VLLM = why_not(find_vllm(), look_at(DEVICE))
 SETUPS = {
     "native-fp32": Setup(NativeRunner, torch.float32, batch_invariant=True),
     "native-bf16": Setup(NativeRunner, torch.bfloat16, batch_invariant=True),
@@ -65,6 +82,9 @@ if not ON_CPU:
         "llama-bf16": Setup(LlamaRunner, torch.bfloat16),
         "generic-bf16": Setup(GenericRunner, torch.bfloat16),
     }
+
+
+SETUPS |= VLLM_SETUPS
 
 
 @cache
@@ -96,6 +116,11 @@ class Kind:
     def batch_invariant(self) -> bool:
         return self.setup.batch_invariant
 
+    @property
+    def shares_prefills(self) -> bool:
+        """Whether equal prompts that start together are computed once, however short they are."""
+        return self.setup.is_torch
+
     def check_same(self, got: Completion, expected: Completion) -> None:
         """Token for token; and bit for bit where the engine promises that."""
         assert (got.token_ids, got.segments, got.finish_reason) == (
@@ -118,6 +143,10 @@ class Kind:
         speculator: Speculator | None = None,
     ) -> Engine:  # fmt: skip
         setup = self.setup
+        if not setup.is_torch:
+            return shared_process(self.family, setup.dtype).engine(
+                self.other_model(seed), eos, EngineConfig(max_slots=max_slots), max_seq_len
+            )
         engine = TorchEngine(
             self.other_model(seed), eos_token_ids=eos, config=EngineConfig(max_slots=max_slots),
             max_seq_len=max_seq_len, runner=setup.runner, record_graphs=setup.record_graphs,
@@ -128,8 +157,67 @@ class Kind:
         return engine
 
 
-def _kinds(names: Sequence[str], families: Sequence[str]) -> list[Any]:
-    return [pytest.param(Kind(name, family), id=f"{name}-{family}") for name in names for family in families]
+class Turn:
+    """What an engine sees of a process that several engines of one shape use in turn: a process takes seconds to start.
+
+    An engine whose turn ends has its requests taken back, and its next turn begins with its weights.
+    """
+
+    def __init__(self, process: "SharedProcess", state: dict[str, torch.Tensor]) -> None:
+        self._process, self._state = process, state
+        self.engine: VllmEngine | None = None
+
+    def _begin(self) -> None:
+        before = self._process.turn
+        if before is not self:
+            if before is not None and before.engine is not None:
+                before.engine._take_back()
+            self._process.host.load(self._state)
+            self._process.turn = self
+
+    def step(self, requests):
+        self._begin()
+        return self._process.host.step(requests)
+
+    def drop(self, numbers) -> None:
+        if self._process.turn is self:
+            self._process.host.drop(numbers)
+
+    def load(self, state) -> None:
+        self._state = {name: tensor.clone() for name, tensor in state.items()}
+        self._process.turn = None
+        self._begin()
+
+    def close(self) -> None:
+        self.engine = None
+
+
+class SharedProcess:
+    """A vLLM process, and whose turn it is."""
+
+    def __init__(self, model: Any) -> None:
+        self.host = VllmHost(model, max_slots=512, max_seq_len=256, kv_cache_bytes=64 * 2**20)
+        self.turn: Turn | None = None
+
+    def engine(self, model: Any, eos: Sequence[int], config: EngineConfig, max_seq_len: int) -> VllmEngine:
+        turn = Turn(self, model.state_dict())
+        turn.engine = VllmEngine(model, eos_token_ids=eos, config=config, max_seq_len=max_seq_len, host=turn)
+        return turn.engine
+
+
+@cache
+def shared_process(family: str, dtype: torch.dtype) -> SharedProcess:
+    return SharedProcess(tiny_model(family, dtype))
+
+
+def _kinds(names: Sequence[str], *, all_families: bool) -> list[Any]:
+    kinds = []
+    for name in names:
+        setup = SETUPS[name]
+        marks = [pytest.mark.skip(reason=NO_VLLM)] if NO_VLLM and not setup.is_torch else []
+        for family in setup.families if all_families else setup.families[:1]:
+            kinds.append(pytest.param(Kind(name, family), id=f"{name}-{family}", marks=marks))
+    return kinds
 
 
 def _names(dtype: torch.dtype | None = None) -> list[str]:
@@ -139,19 +227,23 @@ def _names(dtype: torch.dtype | None = None) -> list[str]:
     return [name for name, setup in SETUPS.items() if setup.batch_invariant or setup.dtype == torch.float32]
 
 
-@pytest.fixture(scope="session", params=_kinds(_names(), ["llama"]))
-def kind(request: pytest.FixtureRequest) -> Kind:
-    """Every engine but those in bf16 whose rounding, and so whose nearest ties, depend on the batch."""
-    return request.param
+# kind: every engine but those in bf16 whose rounding, and so whose nearest ties, depend on the batch. exact_kind: every
+# engine in float32, over every family. bf16_kind: in bf16.
+KINDS = {
+    "kind": _kinds(_names(), all_families=False),
+    "exact_kind": _kinds(_names(torch.float32), all_families=True),
+    "bf16_kind": _kinds(_names(torch.bfloat16), all_families=True),
+}
 
 
-@pytest.fixture(scope="session", params=_kinds(_names(torch.float32), list(FAMILIES)))
-def exact_kind(request: pytest.FixtureRequest) -> Kind:
-    """Every engine in float32, over every family."""
-    return request.param
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "drafts: asked of engines that verify drafts")
 
 
-@pytest.fixture(scope="session", params=_kinds(_names(torch.bfloat16), list(FAMILIES)))
-def bf16_kind(request: pytest.FixtureRequest) -> Kind:
-    """Every engine in bf16, over every family."""
-    return request.param
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Give a test each engine in turn; those marked `drafts` only such as verify them."""
+    for name, kinds in KINDS.items():
+        if name in metafunc.fixturenames:
+            if metafunc.definition.get_closest_marker("drafts"):
+                kinds = [each for each in kinds if each.values[0].setup.is_torch]
+            metafunc.parametrize(name, kinds, scope="session")

@@ -111,13 +111,14 @@ def test_first_tokens_follow_the_distribution(kind):
     expected = (logits / 1.5).softmax(-1) * num_draws
     counts = torch.bincount(torch.tensor([one.token_ids[0] for one in done]), minlength=len(expected)).double()
     often = expected >= 5
-    counts = torch.cat([counts[often], counts[~often].sum()[None]])
-    expected = torch.cat([expected[often], expected[~often].sum()[None]])
+    if not bool(often.all()):
+        counts = torch.cat([counts[often], counts[~often].sum()[None]])
+        expected = torch.cat([expected[often], expected[~often].sum()[None]])
     degrees = len(counts) - 1
     assert degrees > 10
     statistic = float(((counts - expected) ** 2 / expected).sum())
     assert statistic < degrees + 4 * math.sqrt(2 * degrees)
-    assert engine.stats.num_tokens_prefilled == 8 * 6
+    assert not kind.shares_prefills or engine.stats.num_tokens_prefilled == 8 * 6
 
 
 def test_budgets_are_written_in_full_and_eos_ends_a_completion(kind):
@@ -161,7 +162,7 @@ def test_siblings_share_a_prefill_and_no_slot_idles(kind):
     ]
     engine.submit(asked[:4])
     engine.step()
-    assert engine.stats.num_tokens_prefilled == 10
+    assert not kind.shares_prefills or engine.stats.num_tokens_prefilled == 10
     engine.submit(asked[4:])
     while engine.num_unfinished:
         waiting, busy = engine.num_unfinished > 4, engine.stats.num_slot_steps

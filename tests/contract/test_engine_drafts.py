@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from swarm.engine.base import Request, SamplingParams
 from swarm.types import Completion, Segment
 
+pytestmark = pytest.mark.drafts
+
 EOS = tuple(range(2, 200, 27))
 REQUESTS = (
     Request(0, (5, 9, 14, 3), 1, SamplingParams(40)),

@@ -21,6 +21,8 @@ from swarm.engine.base import Request, SamplingParams
 from swarm.engine.torch.slots import Slots
 from swarm.types import Completion, Segment
 
+pytestmark = pytest.mark.drafts
+
 VOCABULARY = 203
 EOS = tuple(range(2, 200, 27))
 REQUESTS = (

@@ -18,7 +18,7 @@ import torch
 from swarm.config import EngineConfig
 from swarm.drafting.base import SequenceState
 from swarm.drafting.speculator import Speculator, make_speculator
-from swarm.engine.base import Engine, EngineStats, Request
+from swarm.engine.base import Engine, EngineStats, Request, check_request
 from swarm.engine.torch.generic import GenericRunner
 from swarm.engine.torch.graphs import DecodeStep
 from swarm.engine.torch.llama import LlamaRunner
@@ -98,33 +98,9 @@ class TorchEngine(Engine):
             if request.request_id in held:
                 raise ValueError(f"request {request.request_id} is already in the engine")
             held.add(request.request_id)
-            self._check(request)
+            check_request(request, self.max_seq_len, self._runner.vocab_size)  # the runners check nothing
             fresh.append(Running.of(self._slots.until_end(request) if request.draft else request))
         self._waiting.extend(fresh)
-
-    def _check(self, request: Request) -> None:
-        """Raise ValueError for a request that cannot be run. The runners rely on it: they check nothing."""
-        name, partial = f"request {request.request_id}", request.partial
-        if not request.prompt_ids:
-            raise ValueError(f"{name} has an empty prompt")
-        if request.seed >> 64:
-            raise ValueError(f"{name} has seed {request.seed}, which is not an unsigned 64-bit number")
-        need = len(request.prompt_ids) + request.sampling.max_new_tokens
-        if need > self.max_seq_len:
-            raise ValueError(f"{name} needs {need} tokens, engine.max_seq_len is {self.max_seq_len}")
-        token_ids = request.prompt_ids + (partial.token_ids if partial else ()) + request.draft
-        if len(token_ids) > need:
-            raise ValueError(f"{name} has a draft of more tokens than its budget leaves")
-        if min(token_ids) < 0 or max(token_ids) >= self._runner.vocab_size:
-            raise ValueError(f"{name} holds a token outside the vocabulary of {self._runner.vocab_size}")
-        if partial is None:
-            return
-        if partial.finish_reason != "aborted" or len(partial.token_ids) >= request.sampling.max_new_tokens:
-            raise ValueError(f"{name} resumes a completion that has already finished")
-        if len(partial.logprobs) != len(partial.token_ids):
-            raise ValueError(
-                f"{name} resumes {len(partial.token_ids)} tokens with {len(partial.logprobs)} log-probabilities"
-            )
 
     @torch.inference_mode()
     def step(self) -> list[Completion]:

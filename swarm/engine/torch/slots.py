@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 
-from swarm.engine.base import Request
+from swarm.engine.base import Request, joined_segments
 from swarm.types import Completion, FinishReason, Segment
 
 __all__ = ["Running", "Slots"]
@@ -169,7 +169,7 @@ class Slots:
         slot, num = running.slot, int(self.generated[running.slot])
         segments = running.segments
         if num > running.start:
-            segments = _join(segments, Segment(running.version, running.start, num))
+            segments = joined_segments(segments, Segment(running.version, running.start, num))
         return Completion(
             running.request.request_id,
             tuple(self._tokens[slot, :num].tolist()),
@@ -191,10 +191,3 @@ class Slots:
         self._running.pop()
         running.slot = -1
         self.changed = True
-
-
-def _join(segments: tuple[Segment, ...], new: Segment) -> tuple[Segment, ...]:
-    """Append a segment, merging it with the last one where the same policy wrote both."""
-    if segments and segments[-1].policy_version == new.policy_version:
-        return (*segments[:-1], Segment(new.policy_version, segments[-1].start, new.end))
-    return (*segments, new)

@@ -61,7 +61,13 @@ class NumberTrainer:
             self.weight = torch.sin(self.weight * 1.7 + sum(map(float.__mul__, group.advantages, (0.3, 0.7, 1.1, 1.3))))
         self.policy_version += 1
         return SimpleNamespace(
-            loss=float(self.weight[0]), grad_norm=1.0, clip_fraction=0.0, tis_mean=1.0, learning_rate=0.1, skipped=False
+            loss=float(self.weight[0]),
+            grad_norm=1.0,
+            clip_fraction=0.0,
+            tis_mean=1.0,
+            mismatch=0.0,
+            learning_rate=0.1,
+            skipped=False,
         )
 
     def state_tensors(self) -> dict[str, torch.Tensor]:

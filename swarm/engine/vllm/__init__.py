@@ -1,0 +1,17 @@
+"""The vLLM engine: vLLM in a process of its own, with this project's noise and live weights.
+
+    engine    the contract: which request has written what, under which policy
+    host      starts the process, talks to it, ends it
+    child     what runs in it: vLLM, stepped from outside
+    worker    what vLLM is given: where noise and weights come from
+    shared    weights in memory that both processes see
+    pipe      messages between the two
+    installed which vLLM there is, and whether it can run here
+
+Only `child` and `worker` import vLLM, so a node that uses it never has it in its own process.
+"""
+
+from swarm.engine.vllm.engine import VllmEngine
+from swarm.engine.vllm.host import VllmHost
+
+__all__ = ["VllmEngine", "VllmHost"]

@@ -1,0 +1,194 @@
+"""Inside an engine process: vLLM, stepped from outside, until the pipe ends.
+
+Receives lists over a pipe and answers each with ["ok", value], or with ["failed", message] and the end:
+
+    ["start", ChildConfig]          once
+    ["step", [[…], …]]              take these requests, see `_add`, and decode; the value: see `step`
+    ["drop", [id, …] or None]       forget requests, or all of them
+    ["load"]                        forget all requests and all attention state, and take the weights in shared memory
+
+It ends when the other end of the pipe is gone, whatever it is doing then: a thread of its own watches for that.
+"""
+
+import os
+import select
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any, Final, TypedDict
+
+from swarm.engine.vllm.pipe import Pipe
+
+__all__ = ["ChildConfig", "main"]
+
+_LOOK_S: Final = 1.0  # how often the parent is looked for, beside the pipe
+_PREFILL_TOKENS: Final = 8192  # tokens of one step; bounds its memory
+
+
+class ChildConfig(TypedDict):
+    """What the parent sends first."""
+
+    folder: str  # holds the model's config.json, and no weights
+    architecture: str  # the model's class
+    dtype: str
+    max_seq_len: int
+    max_slots: int
+    kv_cache_bytes: int
+    num_gpus: int
+    num_threads: int
+    weights_fd: int  # inherited; see `SharedWeights`
+    places: list[list[Any]]  # fields of WeightPlace
+
+
+def main() -> None:
+    """Serve the parent until it is gone."""
+    read_fd, write_fd, lifeline_fd = (int(each) for each in sys.argv[1:])
+    threading.Thread(target=_end_with_parent, args=(lifeline_fd, os.getppid()), daemon=True).start()
+    pipe = Pipe(read_fd, write_fd)
+    try:
+        _serve(pipe)
+    except EOFError:
+        return
+    except Exception as error:  # the boundary: whatever vLLM raises ends this process, and its parent says why
+        traceback.print_exc()
+        pipe.send(["failed", f"{type(error).__name__}: {error}"])
+
+
+def _end_with_parent(lifeline_fd: int, parent: int) -> None:
+    """Wait until the parent is gone, then end this process and those that vLLM started."""
+    while not select.select([lifeline_fd], [], [], _LOOK_S)[0] and os.getppid() == parent:
+        pass
+    os.killpg(0, signal.SIGKILL)
+
+
+def _serve(pipe: Pipe) -> None:
+    _, config = pipe.receive()
+    driven = _Driven(config)
+    commands: dict[str, Callable[..., Any]] = {"step": driven.step, "drop": driven.drop, "load": driven.load}
+    pipe.send(["ok", None])
+    while True:
+        kind, *arguments = pipe.receive()
+        pipe.send(["ok", commands[kind](*arguments)])
+
+
+class _Driven:
+    """vLLM's engine, in this process, with the requests that it holds."""
+
+    def __init__(self, config: ChildConfig) -> None:
+        import torch
+
+        torch.set_num_threads(config["num_threads"])
+        from vllm import EngineArgs, LLMEngine
+        from vllm.config import WeightTransferConfig
+
+        from swarm.engine.vllm.worker import TRANSFER_BACKEND, CounterNoise, WorkerExtension
+
+        _register(config["architecture"])
+        extension = f"{WorkerExtension.__module__}.{WorkerExtension.__qualname__}"
+        self._engine = LLMEngine.from_engine_args(
+            EngineArgs(
+                model=config["folder"],
+                skip_tokenizer_init=True,
+                load_format="dummy",
+                dtype=config["dtype"],
+                max_model_len=config["max_seq_len"],
+                max_num_seqs=config["max_slots"],
+                max_num_batched_tokens=max(_PREFILL_TOKENS, config["max_seq_len"]),
+                kv_cache_memory_bytes=config["kv_cache_bytes"],
+                tensor_parallel_size=config["num_gpus"],
+                enable_prefix_caching=True,
+                async_scheduling=False,
+                # compiling costs minutes on a CPU; on a GPU vLLM records its steps as graphs
+                enforce_eager=not torch.cuda.is_available(),
+                logits_processors=[CounterNoise],
+                worker_extension_cls=extension,
+                weight_transfer_config=WeightTransferConfig(backend=TRANSFER_BACKEND),
+                disable_log_stats=True,
+                generation_config="vllm",
+            )
+        )
+        self._engine.collective_rpc("draw_by_counter")
+        info = {"pid": os.getpid(), "fd": config["weights_fd"], "places": config["places"]}
+        self._engine.collective_rpc("init_weight_transfer_engine", args=(info,))
+        self._held: set[str] = set()
+
+    def step(self, requests: Sequence[Sequence[Any]]) -> list[list[Any]]:
+        """Take requests, prefill them and draw their first token, then decode one token of all.
+
+        Returns [id, tokens, log-probabilities, "stop", "length" or None, prompt tokens computed] for each
+        request that got on.
+        """
+        written: dict[str, list[Any]] = {}
+        waiting = {self._add(*request) for request in requests}
+        while waiting and self._held:
+            before = len(written)
+            self._advance(written)
+            waiting -= written.keys()
+            if len(written) == before and not waiting.isdisjoint(self._held) and len(self._held) > len(waiting):
+                break  # no room for the rest until something finishes
+        if self._held:
+            self._advance(written)
+        return [[int(name), *rest] for name, rest in written.items()]
+
+    def _add(
+        self, number: int, prompt_ids: list[int], max_new_tokens: int, stop_ids: list[int], noise: dict[str, Any]
+    ) -> str:
+        """Hand one request to vLLM. noise: see `worker.CounterNoise`."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        params = SamplingParams(
+            max_tokens=max_new_tokens,
+            ignore_eos=True,
+            stop_token_ids=stop_ids,
+            logprobs=0,
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.DELTA,
+            extra_args={"swarm": noise},
+        )
+        name = str(number)
+        self._engine.add_request(name, {"prompt_token_ids": prompt_ids}, params)
+        self._held.add(name)
+        return name
+
+    def _advance(self, written: dict[str, list[Any]]) -> None:
+        """Let vLLM do one step, and put what it wrote with what was written before."""
+        for output in self._engine.step():
+            (delta,) = output.outputs
+            num_prefilled = len(output.prompt_token_ids) - (output.num_cached_tokens or 0)
+            entry = written.setdefault(output.request_id, [[], [], None, num_prefilled])
+            entry[0] += delta.token_ids
+            entry[1] += delta.logprobs.logprobs
+            if output.finished:
+                entry[2] = delta.finish_reason
+                self._held.discard(output.request_id)
+
+    def drop(self, numbers: Sequence[int] | None) -> None:
+        """Forget requests."""
+        names = self._held if numbers is None else {str(number) for number in numbers}
+        self._engine.abort_request(list(names))
+        self._held -= set(names)
+
+    def load(self) -> None:
+        """Take the weights that lie in shared memory; nothing that was computed with the old ones is used again."""
+        self.drop(None)
+        self._engine.collective_rpc("start_weight_update")
+        self._engine.collective_rpc("update_weights", args=({},))
+        self._engine.collective_rpc("finish_weight_update")
+        if not self._engine.reset_prefix_cache():
+            raise RuntimeError("vLLM did not reset its prefix cache")
+
+
+def _register(architecture: str) -> None:
+    """Import the model's class here: vLLM would look at it in a further process, which takes seconds to start."""
+    from vllm import ModelRegistry
+
+    if architecture in ModelRegistry.models:
+        ModelRegistry.register_model(architecture, ModelRegistry.models[architecture].load_model_cls())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,199 @@
+"""The vLLM engine: what the contract asks, over a vLLM that runs in a process of its own.
+
+    step = hand over waiting requests · let vLLM prefill them and decode one token of all · collect
+
+This side keeps what every request has written, so that vLLM's requests may be forgotten at any time: an aborted
+request, and one in flight when a policy comes, go on as a prompt that ends with what was written. Since noise belongs
+to (seed, position), they come out as if they had never stopped.
+"""
+
+from collections import deque
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from swarm.config import EngineConfig
+from swarm.engine.base import Engine, EngineStats, Request, check_request, joined_segments
+from swarm.engine.vllm.host import VllmHost
+from swarm.engine.vllm.memory import kv_cache_bytes
+from swarm.types import Completion, FinishReason, Segment
+
+__all__ = ["VllmEngine"]
+
+_STEP_COST_TOKENS = 40.0  # measured on two cores with `smollm2-135m`; see `benchmarks/engine.py`
+
+
+@dataclass(slots=True)
+class _Writing:
+    """A request and what it has."""
+
+    request: Request
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    segments: tuple[Segment, ...] = ()
+    start: int = 0  # tokens it had when it was handed to vLLM
+    version: int = 0  # policy that writes it now
+    is_prefilled: bool = False
+
+    @classmethod
+    def of(cls, request: Request) -> "_Writing":
+        """Wrap a request that waits."""
+        partial = request.partial
+        if partial is None:
+            return cls(request)
+        num = len(partial.token_ids)
+        return cls(request, list(partial.token_ids), list(partial.logprobs), partial.segments, start=num)
+
+    def hand_over(self, version: int, eos_token_ids: Sequence[int]) -> list[Any]:
+        """Return it as the engine process takes it; see `child`."""
+        self.start, self.version, self.is_prefilled = len(self.token_ids), version, False
+        request, sampling = self.request, self.request.sampling
+        noise = {
+            "seed": request.seed - (1 << 64) if request.seed >> 63 else request.seed,
+            "start": self.start,
+            "temperature": sampling.temperature,
+            "top_k": sampling.top_k,
+            "top_p": sampling.top_p,
+        }
+        return [
+            request.request_id,
+            [*request.prompt_ids, *self.token_ids],
+            sampling.max_new_tokens - self.start,
+            [] if sampling.ignore_eos else eos_token_ids,
+            noise,
+        ]
+
+    def settle(self) -> None:
+        """Put down what the present policy has written."""
+        num = len(self.token_ids)
+        if num > self.start:
+            self.segments = joined_segments(self.segments, Segment(self.version, self.start, num))
+        self.start = num
+
+    def completion(self, reason: FinishReason) -> Completion:
+        """Return what it has."""
+        self.settle()
+        number, tokens, logprobs = self.request.request_id, tuple(self.token_ids), tuple(self.logprobs)
+        return Completion(number, tokens, logprobs, self.segments, reason)
+
+
+class VllmEngine(Engine):
+    """Samples from a model that vLLM knows, with a copy of the weights of `model`."""
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        eos_token_ids: Collection[int],
+        config: EngineConfig,
+        max_seq_len: int = 0,
+        host: VllmHost | None = None,
+    ) -> None:
+        """max_seq_len: prompt and completion, in tokens; 0 takes the config's, or the model's limit.
+
+        host: an engine process that has the weights of `model` already; None: one of its own.
+        """
+        text = model.config.get_text_config()
+        limit = getattr(text, "max_position_embeddings", None)
+        capacity = max_seq_len or config.max_seq_len or limit
+        if capacity is None:
+            raise ValueError(f"{type(model).__name__} names no limit of its own: max_seq_len must be given")
+        self.max_seq_len = min(capacity, limit or capacity)
+        self.step_cost_tokens = _STEP_COST_TOKENS
+        self._vocab_size = text.vocab_size
+        self._eos_token_ids = sorted(eos_token_ids)
+        self._max_slots = config.max_slots
+        self._shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        self._host = host or VllmHost(
+            model,
+            max_slots=config.max_slots,
+            max_seq_len=self.max_seq_len,
+            kv_cache_bytes=kv_cache_bytes(model, config, self.max_seq_len),
+            num_gpus=config.num_gpus,
+        )
+        self._waiting: deque[_Writing] = deque()
+        self._running: dict[int, _Writing] = {}
+        self._version = 0
+        self.stats = EngineStats()
+
+    @property
+    def policy_version(self) -> int:
+        """See Engine."""
+        return self._version
+
+    @property
+    def num_unfinished(self) -> int:
+        """See Engine."""
+        return len(self._waiting) + len(self._running)
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        """Queue requests; see Engine."""
+        held = {writing.request.request_id for writing in self._waiting} | self._running.keys()
+        for request in requests:
+            if request.request_id in held:
+                raise ValueError(f"request {request.request_id} is already in the engine")
+            held.add(request.request_id)
+            check_request(request, self.max_seq_len, self._vocab_size)
+            if request.draft:
+                raise ValueError(f"request {request.request_id} has a draft, which the vLLM engine does not verify")
+        self._waiting.extend(_Writing.of(request) for request in requests)
+
+    def step(self) -> list[Completion]:
+        """Hand over what waits, decode, and return what has finished; see Engine."""
+        fresh = []
+        while self._waiting and len(self._running) < self._max_slots:
+            writing = self._waiting.popleft()
+            fresh.append(writing.hand_over(self._version, self._eos_token_ids))
+            self._running[writing.request.request_id] = writing
+        if not self._running:
+            return []
+        self.stats.num_steps += 1
+        done = []
+        for number, tokens, logprobs, reason, num_prefilled in self._host.step(fresh):
+            writing = self._running[number]
+            writing.token_ids += tokens
+            writing.logprobs += logprobs
+            self.stats.num_tokens_generated += len(tokens)
+            self.stats.num_slot_steps += len(tokens) - (not writing.is_prefilled)  # prefill draws the first
+            self.stats.num_tokens_prefilled += 0 if writing.is_prefilled else num_prefilled
+            writing.is_prefilled = True
+            if reason is not None:
+                done.append(self._running.pop(number).completion(reason))
+        return done
+
+    def abort(self, request_ids: Collection[int] | None = None) -> list[Completion]:
+        """Stop requests and return what they have; see Engine."""
+        wanted = None if request_ids is None else set(request_ids)
+        waiting = [one for one in self._waiting if wanted is None or one.request.request_id in wanted]
+        for writing in waiting:
+            self._waiting.remove(writing)
+        running = [number for number in self._running if wanted is None or number in wanted]
+        if running:
+            self._host.drop(running)
+        return [one.completion("aborted") for one in (*waiting, *(self._running.pop(number) for number in running))]
+
+    def load_policy(self, state: Mapping[str, torch.Tensor], version: int) -> None:
+        """Take new weights; see Engine. Running requests are prefilled again under them."""
+        given = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        for name, shape in self._shapes.items():
+            if given.get(name) != shape:
+                raise ValueError(f"the policy's {name} should have shape {shape}, not {given.get(name)}")
+        self._take_back()
+        self._host.load(state)
+        self._version = version
+        self.stats.num_policy_loads += 1
+
+    def _take_back(self) -> None:
+        """Let the requests that vLLM holds wait again, in their order: it is about to forget them."""
+        for writing in self._running.values():
+            writing.settle()
+        self._waiting.extendleft(reversed(self._running.values()))
+        self._running.clear()
+
+    def close(self) -> None:
+        """Drop the requests and end the engine process; the engine cannot be used afterwards."""
+        self._waiting.clear()
+        self._running.clear()
+        self._host.close()

@@ -1,0 +1,165 @@
+"""The engine process, from outside: starts it, talks to it, and leaves nothing of it behind.
+
+The process leads a group of its own, with whatever vLLM starts beside it. It holds one end of a pipe whose other end
+only this process has: when this process is gone, in whatever way, the group ends itself. What vLLM prints goes to a
+file without a name, of which the end is shown if it fails.
+"""
+
+import copy
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import weakref
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from swarm.engine.vllm.child import ChildConfig
+from swarm.engine.vllm.pipe import Pipe
+from swarm.engine.vllm.shared import SharedWeights
+from swarm.errors import EngineFailed
+
+__all__ = ["VllmHost"]
+
+_LOG_TAIL_BYTES = 4000
+_ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # vLLM's engine core runs in the process that we step
+    "VLLM_USE_V2_MODEL_RUNNER": "0",  # the one whose sampler takes our noise
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "HF_HUB_OFFLINE": "1",
+}
+
+
+class VllmHost:
+    """vLLM in a process of its own, over one model's shape."""
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        max_slots: int,
+        max_seq_len: int,
+        kv_cache_bytes: int,
+        num_gpus: int = 1,
+    ) -> None:
+        """Start the process and give it the weights of `model`. Raises EngineFailed where vLLM does not start."""
+        state = model.state_dict()
+        self._weights = SharedWeights.allocate(state)
+        self._weights.write(state)
+        self._log = tempfile.TemporaryFile()
+        self._folder = tempfile.TemporaryDirectory(prefix="swarm-vllm-")
+        config = copy.deepcopy(model.config)
+        config.architectures = [type(model).__name__]  # a model that was made from its config alone names none
+        config.save_pretrained(self._folder.name)
+        child_read, ours_write = os.pipe()
+        ours_read, child_write = os.pipe()
+        lifeline, self._lifeline = os.pipe()
+        theirs = (child_read, child_write, lifeline)
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "swarm.engine.vllm.child", *(str(fd) for fd in theirs)],
+            stdin=subprocess.DEVNULL,
+            stdout=self._log,
+            stderr=self._log,
+            env=_environment(),
+            pass_fds=(*theirs, self._weights.fd),
+            start_new_session=True,
+        )
+        for fd in theirs:
+            os.close(fd)
+        self._pipe = Pipe(ours_read, ours_write)
+        self._close = weakref.finalize(
+            self, _end, self._process, self._pipe, self._lifeline, self._log, self._folder, self._weights
+        )
+        settings = ChildConfig(
+            folder=self._folder.name,
+            architecture=type(model).__name__,
+            dtype=str(model.dtype).removeprefix("torch."),
+            max_seq_len=max_seq_len,
+            max_slots=max_slots,
+            kv_cache_bytes=kv_cache_bytes,
+            num_gpus=num_gpus,
+            num_threads=torch.get_num_threads(),
+            weights_fd=self._weights.fd,
+            places=[[each.name, each.dtype, list(each.shape), each.offset_bytes] for each in self._weights.places],
+        )
+        try:
+            self._call("start", settings)
+            self._call("load")
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def pid(self) -> int:
+        """The process, which is also the group of all that vLLM starts."""
+        return self._process.pid
+
+    def step(self, requests: Sequence[Sequence[Any]]) -> list[list[Any]]:
+        """Hand over requests and decode one step; see `child`."""
+        written: list[list[Any]] = self._call("step", requests)
+        return written
+
+    def drop(self, numbers: Sequence[int] | None) -> None:
+        """Forget requests, or all of them."""
+        self._call("drop", numbers)
+
+    def load(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Replace the weights. All requests are forgotten."""
+        self._weights.write(state)
+        self._call("load")
+
+    def close(self) -> None:
+        """End the process and whatever it started, and free the weights. May be called twice."""
+        self._close()
+
+    def _call(self, *message: Any) -> Any:
+        """Send one command and wait for its answer. Raises EngineFailed where the process fails or is gone."""
+        try:
+            self._pipe.send(message)
+            kind, value = self._pipe.receive()
+        except (EOFError, BrokenPipeError) as error:
+            status = self._process.wait()
+            raise EngineFailed(f"the vLLM process ended with status {status}: {_tail(self._log)}") from error
+        if kind == "failed":
+            raise EngineFailed(f"vLLM failed: {value}\n{_tail(self._log)}")
+        return value
+
+
+def _environment() -> dict[str, str]:
+    """The node's environment, with what this use of vLLM needs; a log level that the user chose stays."""
+    environment = {**os.environ, **_ENVIRONMENT}
+    environment["VLLM_LOGGING_LEVEL"] = os.environ.get("VLLM_LOGGING_LEVEL", environment["VLLM_LOGGING_LEVEL"])
+    root = str(Path(__file__).resolve().parents[3])  # for a checkout that is not installed
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    return environment
+
+
+def _tail(log: IO[bytes]) -> str:
+    """Return the end of what the process printed."""
+    size = os.fstat(log.fileno()).st_size
+    return os.pread(log.fileno(), _LOG_TAIL_BYTES, max(0, size - _LOG_TAIL_BYTES)).decode(errors="replace").strip()
+
+
+def _end(
+    process: "subprocess.Popen[bytes]",
+    pipe: Pipe,
+    lifeline: int,
+    log: IO[bytes],
+    folder: "tempfile.TemporaryDirectory[str]",
+    weights: SharedWeights,
+) -> None:
+    """End the group, then free what it used. It holds nothing that would have to be saved."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    os.close(lifeline)
+    pipe.close()
+    log.close()
+    folder.cleanup()
+    weights.close()
