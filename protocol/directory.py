@@ -2,13 +2,16 @@
 
 Records come from greetings, from neighbours that were asked (peer exchange), from the DHT (`shards`) and from disk.
 A record is a hint where to find a node and nothing more. Whoever told of many nodes must not thereby choose this
-node's neighbours: when one is chosen, the *source* is drawn first, then a node among those that it told of; and
-one source can fill no more than a quarter of the table.
+node's neighbours. So every node has a *root*: how the first word of it came here, by what a person typed, from disk,
+from the DHT, or by itself when it connected; and whom a peer tells of has the root of that peer. Names that somebody
+makes up have one root, however many they are and however many of them tell of the others. When a neighbour is chosen,
+the root that gave fewest is drawn first, then the *source* that told of it, then a node; and one source can fill no
+more than a quarter of the table.
 """
 
 import random
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from protocol.messages import NodeRecord
@@ -18,6 +21,8 @@ __all__ = ["GIVEN", "MAX_TOLD_AGE_S", "REMEMBERED", "Directory", "KnownNode"]
 MAX_TOLD_AGE_S = 1200.0  # an older record is told to nobody, and believed of nobody
 GIVEN = "given"  # a source: addresses that a person typed
 REMEMBERED = "remembered"  # a source: this node's own disk
+_DHT = "dht"  # a root, of all sources that are shards
+_CAME = "came"  # a root: nodes that have connected to this one
 MAX_FAILURES = 4  # in a row, after which a node is forgotten
 RETRY_S = 10.0  # after one failure; doubled with every further one
 _MAX_SOURCE_SHARE = 0.25
@@ -29,6 +34,7 @@ class KnownNode:
     """One node, and what became of trying to reach it."""
 
     record: NodeRecord
+    root: str  # GIVEN, REMEMBERED, _DHT, _CAME, or a peer that was not known itself
     sources: list[str]  # GIVEN, REMEMBERED, "dht/<salt>", or node ids of peers that told of it; the first told first
     heard_at_s: float  # unix seconds: when a record of it came last
     reached_at_s: float | None = None  # when it answered last
@@ -78,9 +84,14 @@ class Directory:
             self._forget_one(lambda node: node.source == source)
         elif len(self._nodes) >= self._max_nodes:
             self._forget_one(lambda node: True)
-        self._nodes[record.node_id] = KnownNode(record, [source], now_s)
+        self._nodes[record.node_id] = KnownNode(record, self._root(record.node_id, source), [source], now_s)
         self._num_by_source[source] += 1
         return True
+
+    def root_of(self, node_id: str) -> str:
+        """Return how the first word of a node came here; nothing where it is not known."""
+        known = self._nodes.get(node_id)
+        return known.root if known is not None else ""
 
     def reached(self, node_id: str, now_s: float) -> None:
         """Note that a node has answered."""
@@ -113,19 +124,29 @@ class Directory:
                 del self._num_by_source[known.source]
 
     def choose(
-        self, now_s: float, *, exclude: Collection[str], used_sources: Counter[str]
+        self, now_s: float, *, exclude: Collection[str], chosen: Mapping[str, str]
     ) -> tuple[KnownNode, str] | None:
-        """Draw a node to connect to, with its source: one of those that gave fewest of the present neighbours."""
-        by_source: dict[str, list[KnownNode]] = {}
+        """Draw a node to connect to, with its source. `chosen` are the neighbours that there are, each with its own."""
+        by_root: dict[str, dict[str, list[KnownNode]]] = {}
         for node_id, known in self._nodes.items():
             if node_id not in exclude and known.retry_at_s <= now_s and known.record.addresses:
+                by_source = by_root.setdefault(known.root, {})
                 for source in known.sources:
                     by_source.setdefault(source, []).append(known)
-        if not by_source:
+        if not by_root:
             return None
-        fewest = min(used_sources[source] for source in by_source)
-        source = self._rng.choice(sorted(source for source in by_source if used_sources[source] == fewest))
+        by_source = by_root[self._draw_fewest(by_root, Counter(map(self.root_of, chosen)))]
+        source = self._draw_fewest(by_source, Counter(chosen.values()))
         return self._rng.choice(by_source[source]), source
+
+    def _draw_fewest(self, names: Collection[str], used: Counter[str]) -> str:
+        fewest = min(used[name] for name in names)
+        return self._rng.choice(sorted(name for name in names if used[name] == fewest))
+
+    def _root(self, node_id: str, source: str) -> str:
+        if source == node_id:
+            return _CAME
+        return self.root_of(source) or source.split("/")[0]
 
     def tell(self, num_nodes: int, now_s: float, *, exclude: str, near: Collection[str]) -> list[NodeRecord]:
         """Draw records for a peer that asks who is there: of nodes that were reached, or whose record is fresh.

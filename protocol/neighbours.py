@@ -3,7 +3,7 @@
     hello      both sides show swarm, version, clock and a signed record; a link is asked for, and given while
                there is room
     keep       chosen neighbours are pinged after a silence, lost and banned ones are dropped, missing ones are
-               replaced from the directory, and one is exchanged now and then
+               replaced from the directory, and one is exchanged now and then, or when most come from one root
     return     lost neighbours are tried again for a while, whether they are missing or not: that is what mends a
                partition of the network, on both sides of which everybody has found enough neighbours
     join       while there is no neighbour at all: every given and remembered address, again and again
@@ -36,6 +36,7 @@ MAX_BACKOFF_S = 30.0
 MAX_FAILURES = 2  # requests in a row without an answer, after which a neighbour is lost
 FULL_RETRY_S = 120.0  # until a node that had no place is asked again
 GREET_AGAIN_S = 600.0  # so that neighbours have a fresh record to tell of
+BALANCE_S = 20.0  # how often it is looked whether one root has named too many of the chosen
 MAX_LOST = 8  # neighbours that are tried again, those lost last
 LOST_RETRY_S = 10.0
 LOST_FOR_S = 900.0
@@ -72,7 +73,7 @@ class Neighbours:
         self._hellos_by_peer = Quotas(0.2, 5, 1024)
         self._dialling: set[str] = set()
         self._lost: dict[str, tuple[NodeRecord, float]] = {}  # node id -> (its record, when it was lost)
-        self._retry_lost_at_s = 0.0
+        self._retry_lost_at_s = self._balance_at_s = 0.0
         self._greeted: set[str] = set()  # peers whose answer to a hello is under way
         self._wake = asyncio.Event()
         self._backoff_s, self._next_join_s, self._rotate_at_s = TICK_S, 0.0, 0.0
@@ -145,7 +146,7 @@ class Neighbours:
                 await self._join()
             self._retry_lost(now_s)
             missing = config.num_outbound - len(self.outbound())
-            if now_s >= self._rotate_at_s or self._is_lopsided():
+            if now_s >= self._rotate_at_s or self._is_unbalanced(now_s):
                 self._rotate(now_s)
                 missing = config.num_outbound - len(self.outbound())
             await self._dial_some(missing)
@@ -197,25 +198,25 @@ class Neighbours:
         """Connect to a few nodes of the directory, side by side."""
         if num <= 0:
             return
-        now_s, chosen = self._local.clock(), list[tuple[str, str]]()
-        used = Counter(link.source for link in self.outbound())
-        exclude = {link.node_id for link in self.outbound()} | {self._local.node_id}
-        exclude |= self._local.reputation.banned(now_s)
+        now_s, chosen, num_before = self._local.clock(), self._chosen(), len(self.outbound())
+        exclude = chosen.keys() | {self._local.node_id} | self._local.reputation.banned(now_s)
         strangers_only = exclude | self._links.keys()
-        while len(chosen) < min(num, _NUM_DIALS):
+        while len(chosen) < num_before + min(num, _NUM_DIALS):
             # One that has chosen this node is as good as any, where nobody else is left.
-            drawn = self._directory.choose(now_s, exclude=strangers_only, used_sources=used)
-            if drawn is None and len(self.outbound()) + len(chosen) < self._local.config.min_outbound:
-                drawn = self._directory.choose(now_s, exclude=exclude, used_sources=used)
+            drawn = self._directory.choose(now_s, exclude=strangers_only, chosen=chosen)
+            if drawn is None and len(chosen) < self._local.config.min_outbound:
+                drawn = self._directory.choose(now_s, exclude=exclude, chosen=chosen)
             if drawn is None:
                 break
             node_id, source = drawn[0].record.node_id, drawn[1]
-            chosen.append((node_id, source))
+            chosen[node_id] = source
             exclude.add(node_id)
             strangers_only.add(node_id)
-            used[source] += 1
-        if chosen:
-            await asyncio.gather(*(self._dial(node_id, source) for node_id, source in chosen))
+        await asyncio.gather(*(self._dial(*one) for one in list(chosen.items())[num_before:]))
+
+    def _chosen(self) -> dict[str, str]:
+        """The neighbours that this node has chosen, each with where it had heard of it."""
+        return {link.node_id: link.source for link in self.outbound()}
 
     async def _dial(self, node_id: str, source: str) -> None:
         """Connect to one node by the addresses of its record, and ask for a link."""
@@ -341,26 +342,36 @@ class Neighbours:
             for tell in self.on_link:
                 tell(link)
 
-    def _is_lopsided(self) -> bool:
-        """Whether one source has told of all chosen neighbours, and another could name one."""
-        sources = {link.source for link in self.outbound()}
-        if len(self.outbound()) < self._local.config.min_outbound or len(sources) != 1:
+    def _is_unbalanced(self, now_s: float) -> bool:
+        """Whether one source has told of all chosen neighbours and another could name one, or a root of two more."""
+        chosen = self._chosen()
+        if len(chosen) < self._local.config.min_outbound or now_s < self._balance_at_s:
             return False
-        drawn = self._directory.choose(
-            self._local.clock(), exclude=self._links.keys() | {self._local.node_id}, used_sources=Counter(sources)
-        )
-        return drawn is not None and drawn[1] not in sources
+        self._balance_at_s = now_s + BALANCE_S * self._local.rng.uniform(0.8, 1.2)
+        drawn = self._directory.choose(now_s, exclude=self._links.keys() | {self._local.node_id}, chosen=chosen)
+        if drawn is None:
+            return False
+        roots, sources = self._roots(), set(chosen.values())
+        return roots[drawn[0].root] + 2 <= max(roots.values()) or (len(sources) == 1 and drawn[1] not in sources)
+
+    def _roots(self) -> Counter[str]:
+        return Counter(map(self._directory.root_of, self._chosen()))
 
     def _rotate(self, now_s: float) -> None:
-        """Give up the chosen neighbour that has been useful least, if enough are chosen, and another one is known."""
+        """Give up a chosen neighbour, if enough are chosen, and another one is known.
+
+        It is the one that has been useful least of those that the most prolific root has named.
+        """
         local = self._local
         self._rotate_at_s = now_s + local.config.rotation_s * local.rng.uniform(0.5, 1.5)
         exclude = self._links.keys() | {local.node_id}
         if len(self.outbound()) < local.config.min_outbound:
             return
-        if self._directory.choose(now_s, exclude=exclude, used_sources=Counter()) is None:
+        if self._directory.choose(now_s, exclude=exclude, chosen={}) is None:
             return
-        worst = min(self.outbound(), key=lambda link: (local.reputation.score(link.node_id, now_s), link.since_s))
+        roots = self._roots()
+        most = [link for link in self.outbound() if roots[self._directory.root_of(link.node_id)] == max(roots.values())]
+        worst = min(most, key=lambda link: (local.reputation.score(link.node_id, now_s), link.since_s))
         self._directory.later(worst.node_id, now_s + local.config.rotation_s)
         self.drop(worst.node_id)
 

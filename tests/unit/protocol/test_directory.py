@@ -1,7 +1,7 @@
 import random
 from collections import Counter
 
-from protocol.directory import MAX_FAILURES, REMEMBERED, Directory
+from protocol.directory import GIVEN, MAX_FAILURES, REMEMBERED, Directory
 from protocol.messages import NodeRecord
 
 
@@ -54,14 +54,32 @@ def test_the_source_is_drawn_before_the_node():
         directory.add(record(f"sybil {number}"), "flooder", 1000)
     directory.add(record("honest 1"), "friend", 1000)
     directory.add(record("honest 2"), "dht/0", 1000)
-    chosen, used = set[str](), Counter[str]()
+    chosen = dict[str, str]()
     for _ in range(3):
-        drawn = directory.choose(1000, exclude=chosen, used_sources=used)
+        drawn = directory.choose(1000, exclude=chosen, chosen=chosen)
         assert drawn is not None
-        chosen.add(drawn[0].record.node_id)
-        used[drawn[1]] += 1
-    assert set(used) == {"flooder", "friend", "dht/0"}
-    assert {"honest 1", "honest 2"} < chosen
+        chosen[drawn[0].record.node_id] = drawn[1]
+    assert set(chosen.values()) == {"flooder", "friend", "dht/0"}
+    assert {"honest 1", "honest 2"} < chosen.keys()
+
+
+def test_names_that_tell_of_each_other_have_one_root():
+    directory = make(1024)
+    directory.add(record("friend"), GIVEN, 1000)
+    directory.add(record("friend's friend"), "friend", 1000)
+    directory.add(record("caller"), "caller", 1000)
+    for number in range(100):
+        directory.add(record(f"sybil {number}"), f"dht/{number % 2}", 1000)
+        directory.add(record(f"sybil {number}'s"), f"sybil {number}", 1000)  # a hundred sources more
+    directory.add(record("friend's friend"), "sybil 0", 1000)  # what is told later changes nothing
+    chosen = dict[str, str]()
+    for _ in range(6):
+        drawn = directory.choose(1000, exclude=chosen, chosen=chosen)
+        assert drawn is not None
+        chosen[drawn[0].record.node_id] = drawn[1]
+    assert {"friend", "friend's friend", "caller"} < chosen.keys()
+    assert Counter(map(directory.root_of, chosen)) == {GIVEN: 2, "came": 1, "dht": 3}
+    assert directory.root_of("nobody") == ""
 
 
 def test_nodes_that_fail_are_tried_again_ever_later_and_then_forgotten():
@@ -70,8 +88,8 @@ def test_nodes_that_fail_are_tried_again_ever_later_and_then_forgotten():
     directory.add(record("b"), REMEMBERED, 0)
     for node_id in ("a", "b"):
         directory.failed(node_id, 0)
-    assert directory.choose(9, exclude=(), used_sources=Counter()) is None
-    assert directory.choose(10, exclude=(), used_sources=Counter()) is not None
+    assert directory.choose(9, exclude=(), chosen={}) is None
+    assert directory.choose(10, exclude=(), chosen={}) is not None
     for _ in range(MAX_FAILURES - 1):
         for node_id in ("a", "b"):
             directory.failed(node_id, 10)
