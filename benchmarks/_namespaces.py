@@ -1,7 +1,7 @@
 """A network of this machine's own that can be cut in two: namespaces of Linux, joined by two bridges in one more.
 
-Needs root and `ip` of iproute2. A cut drops packets in silence, as a broken backbone does: nobody is told that a
-connection is gone. Nothing outside these namespaces is touched, and they go with `close`.
+Needs root, and `ip` and `tc` of iproute2. A cut drops packets in silence, as a broken backbone does: nobody is told
+that a connection is gone. Nothing outside these namespaces is touched, and they go with `close`.
 """
 
 import ctypes
@@ -15,6 +15,13 @@ __all__ = ["NamespaceError", "Namespaces", "enter_namespace"]
 
 _CLONE_NEWNET = 0x40000000
 _NETNS = Path("/run/netns")
+# Classic BPF, each instruction with its code, jumps and operand: drops (2) TCP over IPv4 with SYN and without ACK.
+_NO_SYN = (
+    "10,40 0 0 12,21 0 7 2048,"  # IPv4
+    "48 0 0 23,21 0 5 6,"  # TCP
+    "177 0 0 14,80 0 0 27,84 0 0 18,21 0 1 2,"  # flags
+    "6 0 0 2,6 0 0 0"
+)
 
 
 class NamespaceError(Exception):
@@ -32,13 +39,14 @@ def enter_namespace(name: str) -> None:
 class Namespaces:
     """One namespace for each node, all on one bridge at first. A context manager."""
 
-    def __init__(self, num: int) -> None:
-        """Make them. Raises NamespaceError where that is impossible."""
-        if not shutil.which("ip"):
-            raise NamespaceError("the program `ip` (iproute2) is missing")
+    def __init__(self, num: int, network: str = "10.77.0") -> None:
+        """Make them, with addresses of this network. Raises NamespaceError where that is impossible."""
+        for program in ("ip", "tc"):
+            if not shutil.which(program):
+                raise NamespaceError(f"the program `{program}` (iproute2) is missing")
         self._hub = f"swarm{os.getpid()}"
         self.names = [f"{self._hub}-{number}" for number in range(num)]
-        self.hosts = [f"10.77.0.{number + 1}" for number in range(num)]
+        self.hosts = [f"{network}.{number + 1}" for number in range(num)]
         try:
             for name in (self._hub, *self.names):
                 _ip("netns", "add", name)
@@ -70,6 +78,12 @@ class Namespaces:
         """Let all nodes reach each other again."""
         self._move(range(len(self.names)), "one")
 
+    def shut_in(self, number: int) -> None:
+        """Put a node behind a firewall that lets nobody in: a connection that begins outside gets no answer."""
+        device = ("-n", self.names[number])
+        _run("tc", *device, "qdisc", "add", "dev", "eth0", "ingress")
+        _run("tc", *device, "filter", "add", "dev", "eth0", "parent", "ffff:", "bpf", "da", "bytecode", _NO_SYN)
+
     def close(self) -> None:
         """Remove the namespaces with everything in them."""
         for name in (*self.names, self._hub):
@@ -82,6 +96,10 @@ class Namespaces:
 
 
 def _ip(*words: str) -> None:
-    done = subprocess.run(["ip", *words], capture_output=True, text=True, check=False)
+    _run("ip", *words)
+
+
+def _run(*words: str) -> None:
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise NamespaceError(f"ip {' '.join(words)}: {done.stderr.strip()}")
+        raise NamespaceError(f"{' '.join(words)}: {done.stderr.strip()}")

@@ -29,8 +29,10 @@ _T = TypeVar("_T")
 class LiveNode:
     """One run folder and the process that uses it, if there is one. It may be killed and started again."""
 
-    def __init__(self, folder: Path, name: str) -> None:
+    def __init__(self, folder: Path, name: str, through: Sequence[str] = ()) -> None:
+        """`through` is a command that starts others, which it becomes: `ip netns exec NAME`."""
         self.name, self.folder, self.run_dir, self.log = name, folder, folder / name, folder / f"{name}.log"
+        self._through = through
         self.started_at_s = 0.0  # on the monotonic clock
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -46,7 +48,7 @@ class LiveNode:
         self.started_at_s = time.monotonic()
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
-                [_PROGRAM, *arguments, "--run-dir", str(self.run_dir)],
+                [*self._through, _PROGRAM, *arguments, "--run-dir", str(self.run_dir)],
                 cwd=self.folder,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -127,9 +129,9 @@ class LiveSwarm:
             if node._process is not None and node.process.poll() is None:
                 node.kill()
 
-    def start(self, name: str, *arguments: str) -> LiveNode:
+    def start(self, name: str, *arguments: str, through: Sequence[str] = ()) -> LiveNode:
         """Start a node in a run folder of this name."""
-        node = self.nodes.setdefault(name, LiveNode(self.folder, name))
+        node = self.nodes.setdefault(name, LiveNode(self.folder, name, through))
         node.start(*arguments)
         return node
 

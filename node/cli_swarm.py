@@ -145,13 +145,14 @@ def bootstrap(
 ) -> int:
     """Be a node that others find each other through. It routes and relays, and learns nothing."""
     from node.bootstrap import run_bootstrap
-    from node.layers import read_toml, resolve
+    from node.layers import Layer, read_toml, resolve
     from node.run_folder import RunFolder
 
     flags = _network_flags(peers, listen, announce, swarm_id, transport)
     layers = layers_of(flags, config_file, assignments)
     if RunFolder(run_dir).config.exists():
         layers.append(read_toml(RunFolder(run_dir).config))
+    layers.append(Layer("default of bootstrap", {"network.reachability": "public"}))  # it relays from its start
     config = resolve(layers).config
     with RunFolder(run_dir) as folder:
         folder.refuse_occupied()

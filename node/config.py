@@ -63,12 +63,26 @@ class NetworkConfig(Section):
         (), description="multiaddresses to listen on; empty: TCP on a free port, which is kept"
     )
     announce: tuple[str, ...] = Field((), description="multiaddresses that others are told, where they differ")
-    relay: bool = Field(True, description="whether peers that cannot be reached directly are reached through relays")
+    relay: bool = Field(
+        True, description="whether peers are asked through relays, and others relayed where this node can be reached"
+    )
     auto_relay: bool = Field(False, description="whether to become reachable through a relay, behind a firewall")
-    trusted_relays: tuple[str, ...] = Field((), description="multiaddresses of relays for auto_relay; empty: any")
+    trusted_relays: tuple[str, ...] = Field(
+        (), description="multiaddresses of relays for auto_relay; empty: any, three minutes after the start"
+    )
     nat_port_map: bool = Field(True, description="whether the router is asked to forward the ports (UPnP, NAT-PMP)")
-    auto_nat: bool = Field(True, description="whether peers are asked if they can reach this node")
-    reachability: Literal["auto", "public", "private"] = Field("auto", description="auto: found out by auto_nat")
+    auto_nat: bool = Field(True, description="whether peers are asked, and told, if they can be reached from outside")
+    reachability: Literal["auto", "public", "private"] = Field(
+        "auto", description="from outside; auto: found out by auto_nat (bootstrap: public)"
+    )
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> Self:
+        if self.trusted_relays and not self.auto_relay:
+            raise ValueError("network.trusted_relays are for network.auto_relay: set it to true")
+        if self.auto_relay and not self.relay:
+            raise ValueError("network.auto_relay needs network.relay: set it to true")
+        return self
 
 
 class RunConfig(Section):

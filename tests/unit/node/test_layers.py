@@ -93,6 +93,7 @@ def test_paths_become_absolute(tmp_path, monkeypatch):
         ("tasks.sources=products:0", r"tasks.sources.0.weight = 0.0 .*greater than 0"),
         ("tasks.sources=,", "no task is named"),
         ("tasks.answer=[]", "tasks.answer = "),
+        ('network.trusted_relays=["/ip4/192.0.2.1/tcp/1"]', "network.trusted_relays are for network.auto_relay"),
     ],
 )
 def test_a_wrong_assignment_is_one_line_with_the_fix(assignment, message):
