@@ -209,13 +209,13 @@ class EngineConfig(Section):
     )
     max_slots: int = Field(64, ge=1, description="sequences decoded at one time")
     max_seq_len: int = Field(0, ge=0, description="prompt and completion, in tokens; 0: what the run needs")
-    speculation: Literal["off", "auto", "suffix", "ngram"] = Field(
-        "off", description="exact speculative decoding; auto: where it pays; suffix, ngram: always, by this drafter"
+    speculation: Literal["off", "auto", "suffix", "ngram", "head"] = Field(
+        "off",
+        description="exact speculative decoding; auto: where it pays; suffix, ngram, head: always, by this drafter",
     )
     kv_cache_mb: int = Field(
         0, ge=0, description="vLLM's KV cache; 0: what max_slots need, at most half of what is free"
     )
-    num_gpus: int = Field(1, ge=1, description="GPUs that vLLM spreads the model over (tensor parallelism)")
 
 
 class ScoringConfig(Section):

@@ -11,8 +11,9 @@ into it. Rewards, advantages and the choice of groups come from `sapo`; files ar
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +29,10 @@ from swarm.packed_attention import supports_packed_attention, use_packed_attenti
 from swarm.packing import PackedRow, PaddedRows, pack, pad, split_into_microbatches
 from swarm.types import TrainingBatch, TrainingGroup
 
-__all__ = ["Trainer", "UpdateStats"]
+__all__ = ["StatesObserver", "Trainer", "UpdateStats"]
 
+# (groups of the batch, a row of some of them, states [num_tokens of the row, hidden]); see swarm.drafting
+StatesObserver: TypeAlias = Callable[[Sequence[TrainingGroup], PackedRow | PaddedRows, Tensor], None]
 _NUM_SUMS = 7
 
 
@@ -93,6 +96,7 @@ class Trainer:
         self._device = trainable[0][1].device
         self._optimizer = FlatAdamW(trainable, config)
         self._reference = self._optimizer.snapshot() if config.kl_coef else None
+        self.observer: StatesObserver | None = None  # shown the last hidden states of every update's first pass
         self._policy_version = 0
         self._num_steps = 0
         self._num_nonfinite = 0
@@ -119,9 +123,9 @@ class Trainer:
             self._record_old_logprobs(minibatches)
         sums = torch.zeros(_NUM_SUMS, dtype=torch.float64)
         norm_sum, num_steps, num_skipped, num_tokens_seen = 0.0, 0, 0, 0
-        for _ in range(self._config.num_epochs):
+        for epoch in range(self._config.num_epochs):
             for minibatch in minibatches:
-                step_sums, grad_norm = self._step(minibatch)
+                step_sums, grad_norm = self._step(minibatch, batch.groups if epoch == 0 else None)
                 if not (math.isfinite(grad_norm) and bool(step_sums.isfinite().all())):
                     num_skipped += 1
                     continue
@@ -148,12 +152,15 @@ class Trainer:
             policy_version=self._policy_version,
         )
 
-    def _step(self, minibatch: Sequence[_Microbatch]) -> tuple[Tensor, float]:
-        """Accumulate gradients and apply one optimizer step, or skip it. Returns sums and the gradient norm."""
+    def _step(self, minibatch: Sequence[_Microbatch], shown: Sequence[TrainingGroup] | None) -> tuple[Tensor, float]:
+        """Accumulate gradients and apply one optimizer step, or skip it. Returns sums and the gradient norm.
+
+        shown: the batch's groups, where the observer is to see the hidden states.
+        """
         self._optimizer.zero_grad()
         parts = []
         for micro in minibatch:
-            result = policy_loss(self._logprobs(micro.row), micro.terms, self._config)
+            result = policy_loss(self._logprobs(micro.row, shown), micro.terms, self._config)
             result.loss.backward()
             parts.append(_sums(result))
         # Read once a step: each reading makes the host wait for the device.
@@ -251,7 +258,7 @@ class Trainer:
             completion_lengths=lengths_tensor.float().to(self._device),
         )
 
-    def _logprobs(self, row: PackedRow | PaddedRows) -> Tensor:
+    def _logprobs(self, row: PackedRow | PaddedRows, shown: Sequence[TrainingGroup] | None = None) -> Tensor:
         """Return log-probabilities of the row's targets under the current weights, [num_targets], fp32."""
         decoder = self._model.get_decoder()  # type: ignore[operator]
         if isinstance(row, PackedRow):
@@ -259,9 +266,11 @@ class Trainer:
                 output = decoder(input_ids=row.input_ids, position_ids=row.position_ids, use_cache=False)
         else:
             output = decoder(input_ids=row.input_ids, attention_mask=row.attention_mask, use_cache=False)
-        hidden = output.last_hidden_state.flatten(0, 1).index_select(0, row.predictors)
+        states = output.last_hidden_state.flatten(0, 1)  # [num_tokens, hidden]
+        if self.observer is not None and shown is not None:
+            self.observer(shown, row, states.detach())
         return target_logprobs(
-            hidden,
+            states.index_select(0, row.predictors),
             logits_head(self._model),
             row.targets,
             temperature=self._temperature,

@@ -74,7 +74,7 @@ class HeadModel(nn.Module):
                     nn.init.normal_(parameter, std=config.initializer_range)
         with torch.no_grad():
             self.fc.weight[:, size:] += torch.eye(size)
-        layer.input_layernorm = nn.Identity()  # type: ignore[assignment]
+        layer.input_layernorm = nn.Identity()
         self.layers = nn.ModuleList([layer])
         self.rotary_emb = LlamaRotaryEmbedding(config)
         fuse(self)

@@ -88,7 +88,7 @@ class HeadLearner:
         loss = self._loss(drawn)
         if given_up():
             return False
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         if given_up():
             return False
         norm = float(self._optimizer.grad_norm())

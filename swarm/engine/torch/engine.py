@@ -10,13 +10,14 @@ rollouts and live weights at once.
 
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
 from swarm.config import EngineConfig
-from swarm.drafting.base import SequenceState
+from swarm.drafting.base import Seen, SequenceState
 from swarm.drafting.speculator import Speculator, make_speculator
 from swarm.engine.base import Engine, EngineStats, Request, check_request
 from swarm.engine.torch.generic import GenericRunner
@@ -111,7 +112,8 @@ class TorchEngine(Engine):
             speculator = self.speculator
             states = self._states() if speculator is not None and speculator.begin(n) else []
             drafts = speculator.propose(states) if speculator is not None and states else []
-            finished = self._decode_drafts(states, drafts) if any(drafts) else self._decode()
+            drafted = any(drafts) or (bool(states) and self._lacks_states(states))
+            finished = self._decode_drafts(states, drafts) if drafted else self._decode()
             if speculator is not None:
                 speculator.end(n, self.stats.num_tokens_generated - before)
             done += self._finish(finished)
@@ -125,7 +127,9 @@ class TorchEngine(Engine):
         if self._decode_step is not None:
             tokens, logprobs = self._decode_step(slots)
         else:
-            hidden = self._runner.decode(torch.from_numpy(slots.last_tokens[:n]), slots.cached[:n].tolist())
+            cached = slots.cached[:n].tolist()
+            hidden = self._runner.decode(torch.from_numpy(slots.last_tokens[:n]), cached)
+            self._show(cached, [1] * n, hidden)
             tokens, logprobs = self._draw(self._runner.logits(hidden), slice(0, n))
         slots.cached[:n] += 1
         self.stats.num_tokens_generated += n
@@ -136,11 +140,25 @@ class TorchEngine(Engine):
         slots, states = self._slots, []
         assert self.speculator is not None
         for running in slots:
-            state = self.speculator.state_of(running.request.request_id, running.request.prompt_ids)
+            request = running.request
+            state = self.speculator.state_of(
+                request.request_id, request.prompt_ids, partial(slots.drawing, running.slot)
+            )
             state.append(slots.written(running.slot, state.num_written))
             state.room = slots.room(running.slot)
             states.append(state)
         return states
+
+    def _lacks_states(self, states: Sequence[SequenceState]) -> bool:
+        """Whether the drafter could not draft because decode steps that are graphs show it nothing."""
+        return self._decode_step is not None and self.speculator is not None and not self.speculator.can_draft(states)
+
+    def _show(self, firsts: Sequence[int], counts: Sequence[int], hidden: torch.Tensor) -> None:
+        """Hand states to drafters that want them: `counts` of each slot, one after another, from `firsts` on."""
+        if self.speculator is not None and self.speculator.num_states:
+            rows = (np.cumsum(counts) - counts).tolist()
+            ids = [running.request.request_id for running in self._slots]
+            self.speculator.saw([Seen(*one) for one in zip(ids, firsts, rows, counts, strict=True)], hidden)
 
     def _decode_drafts(
         self, states: Sequence[SequenceState], drafts: Sequence[Sequence[int]]
@@ -153,9 +171,9 @@ class TorchEngine(Engine):
                 raise ValueError(f"a drafter proposes {list(draft)}, where {state.room} tokens of the vocabulary fit")
             flat += [last, *draft]
         num_drawn = [len(draft) + 1 for draft in drafts]
-        hidden = self._runner.extend(
-            torch.tensor(flat, device=self._runner.device), num_drawn, slots.cached[: len(members)].tolist()
-        )
+        cached = slots.cached[: len(members)].tolist()
+        hidden = self._runner.extend(torch.tensor(flat, device=self._runner.device), num_drawn, cached)
+        self._show(cached, num_drawn, hidden)
         starts = (np.cumsum(num_drawn) - num_drawn).tolist()
         finished: list[tuple[Running, FinishReason]] = []
         outcome = self._verify(hidden, list(zip(members, drafts, starts, strict=True)))
@@ -190,17 +208,42 @@ class TorchEngine(Engine):
             admitted.setdefault(key, []).append(running)
         sequences = [sequence for sequence, _ in admitted]
         num_drawn = [num_draft + 1 for _, num_draft in admitted]
-        hidden = self._runner.prefill(sequences, [group[0].slot for group in admitted.values()], num_drawn)
+        groups = list(admitted.values())
+        hidden = self._prefill(sequences, groups, num_drawn)
         for (sequence, _), group in admitted.items():
             if len(group) > 1:
                 self._runner.copy_prefix(group[0].slot, [running.slot for running in group[1:]], len(sequence))
         self.stats.num_tokens_prefilled += num_tokens
         if max(num_drawn) > 1:
-            return self._take_drafts(hidden, num_drawn, list(admitted.values()))
+            return self._take_drafts(hidden, num_drawn, groups)
         where = np.array([running.slot for group in admitted.values() for running in group])
         order = [row for row, group in enumerate(admitted.values()) for _ in group]
         logits = self._runner.logits(hidden)[torch.tensor(order, device=hidden.device)]
         return self._append(where, *self._draw(logits, where))
+
+    def _prefill(
+        self, sequences: Sequence[Sequence[int]], groups: Sequence[Sequence[Running]], num_drawn: Sequence[int]
+    ) -> torch.Tensor:
+        """Fill the first slot of each group, and return the states after its `num_drawn` last tokens.
+
+        Drafters that want more states of a prompt are shown them. returns: [sum(num_drawn), hidden].
+        """
+        slots, speculator = [group[0].slot for group in groups], self.speculator
+        if speculator is None or not speculator.num_states:
+            return self._runner.prefill(sequences, slots, num_drawn)
+        nums = [max(num, min(speculator.num_states, len(one))) for num, one in zip(num_drawn, sequences, strict=True)]
+        hidden = self._runner.prefill(sequences, slots, nums)
+        ends = np.cumsum(nums).tolist()
+        speculator.saw(
+            [
+                Seen(running.request.request_id, len(sequence) - num, end - num, num)
+                for sequence, group, num, end in zip(sequences, groups, nums, ends, strict=True)
+                for running in group
+            ],
+            hidden,
+        )
+        drawn = np.concatenate([np.arange(end - num, end) for num, end in zip(num_drawn, ends, strict=True)])
+        return hidden[torch.from_numpy(drawn).to(hidden.device)]
 
     def _take_drafts(
         self, hidden: torch.Tensor, num_drawn: Sequence[int], groups: Sequence[Sequence[Running]]
@@ -316,7 +359,7 @@ class TorchEngine(Engine):
         self._runner.load(state)
         self._version = version
         if self.speculator is not None:
-            self.speculator.policy_changed(version)
+            self.speculator.policy_changed(version, state)
         self.stats.num_policy_loads += 1
 
     def close(self) -> None:

@@ -10,6 +10,7 @@ from typing import Literal
 
 import numpy as np
 
+from swarm.drafting.base import Drawing
 from swarm.engine.base import Request, joined_segments
 from swarm.types import Completion, FinishReason, Segment
 
@@ -68,7 +69,7 @@ class Slots:
             self.last_tokens, self.seeds, self.generated, self.cached, self.top_k, self.temperature, self.top_p,
             self._budget, self._heeds_eos,
         )  # fmt: skip
-        self._eos = np.array(list(eos_token_ids), dtype=np.int64)
+        self._eos, self._ends = np.array(list(eos_token_ids), dtype=np.int64), frozenset(eos_token_ids)
 
     def __len__(self) -> int:
         """Slots that are occupied."""
@@ -123,15 +124,23 @@ class Slots:
 
     def until_end(self, request: Request) -> Request:
         """Cut a draft after the token that would end the completion."""
-        if request.sampling.ignore_eos:
+        if request.sampling.ignore_eos or self._ends.isdisjoint(request.draft):
             return request
-        ends = np.isin(request.draft, self._eos).nonzero()[0]
-        return replace(request, draft=request.draft[: ends[0] + 1]) if len(ends) else request
+        return replace(request, draft=request.draft[: self._length(request.draft)])
+
+    def _length(self, tokens: Sequence[int]) -> int:
+        """Return how many tokens there are up to the first that ends a completion, which is among them."""
+        return next(num for num, token in enumerate(tokens, 1) if token in self._ends)
 
     def written(self, slot: int, start: int) -> list[int]:
         """Return the tokens of a completion from `start` on."""
         tokens: list[int] = self._tokens[slot, start : self.generated[slot]].tolist()
         return tokens
+
+    def drawing(self, slot: int) -> Drawing:
+        """Return how the tokens of a slot are drawn."""
+        sampling = float(self.temperature[slot]), int(self.top_k[slot]), float(self.top_p[slot])
+        return Drawing(int(self.seeds[slot]), *sampling)
 
     def room(self, slot: int) -> int:
         """The longest draft that is worth verifying: one token fewer than the budget has left."""
@@ -150,10 +159,10 @@ class Slots:
         kept = int(differs[0]) if len(differs) else len(draft)
         before = int(self.generated[slot])
         num = min(kept + 1, int(self._budget[slot]) - before)
-        ends = np.isin(tokens[:num], self._eos).nonzero()[0]
-        stopped = bool(self._heeds_eos[slot]) and len(ends) > 0
+        drawn = tokens[:num].tolist()
+        stopped = bool(self._heeds_eos[slot]) and not self._ends.isdisjoint(drawn)
         if stopped:
-            num = int(ends[0]) + 1
+            num = self._length(drawn)
         total = before + num
         self._tokens[slot, before:total], self._logprobs[slot, before:total] = tokens[:num], logprobs[:num]
         self.last_tokens[slot], self.generated[slot] = tokens[num - 1], total
