@@ -7,7 +7,7 @@ training, sampling and checkpoints belong to others.
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from swarm.models.gguf import load_gguf
 from swarm.models.loading import LOAD_ERRORS, first_line, load_checked, quiet, quiet_hub
 from swarm.models.presets import locate
 
-__all__ = ["Policy", "export", "load_policy", "resolve_device"]
+__all__ = ["Policy", "export", "load_policy", "resolve_device", "write_folder"]
 
 MIN_PARAMS_FOR_BF16 = 20_000_000  # below, a step is bound by overhead and fp32 costs nothing
 
@@ -115,8 +115,15 @@ def resolve_device(name: str) -> torch.device:
 def export(policy: Policy, folder: Path) -> None:
     """Write a folder that `AutoModelForCausalLM.from_pretrained` and vLLM load as it is.
 
-    Written beside, synced, then renamed: the folder is there whole or not at all. Raises ModelError if it
-    exists and is not empty, or cannot be written.
+    Raises ModelError if it exists and is not empty, or cannot be written.
+    """
+    write_folder(folder, lambda partial: _save(policy, partial))
+
+
+def write_folder(folder: Path, save: Callable[[Path], None]) -> None:
+    """Let `save` fill a folder beside, with files alone, then sync and rename it: it is there whole or not at all.
+
+    Raises ModelError if it exists and is not empty, or cannot be written.
     """
     folder = folder.absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -126,7 +133,12 @@ def export(policy: Policy, folder: Path) -> None:
         partial.mkdir(parents=True)
         try:
             with quiet():
-                _save(policy, partial)
+                save(partial)
+            mode = (partial / "config.json").stat().st_mode
+            for path in partial.iterdir():
+                path.chmod(mode)  # safetensors writes for the owner alone; an export is to be read by servers
+                _sync(path)
+            _sync(partial)
             os.replace(partial, folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
@@ -147,11 +159,6 @@ def _save(policy: Policy, folder: Path) -> None:
     finally:
         if generation is not None:
             generation.eos_token_id = kept
-    mode = (folder / "config.json").stat().st_mode
-    for path in folder.iterdir():
-        path.chmod(mode)  # safetensors writes for the owner alone; an export is to be read by servers
-        _sync(path)
-    _sync(folder)
 
 
 def _sync(path: Path) -> None:
