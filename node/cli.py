@@ -47,6 +47,7 @@ def silo(
     assignments: tuple[str, ...],
     rounds: int | None,
     seed: int | None,
+    engine: str | None,
     run_dir: Path | None,
     resume: bool,
     as_json: bool,
@@ -55,7 +56,7 @@ def silo(
     from node.exchange import SiloExchange
     from node.running import run_node
 
-    flags = {"model.name": model, "tasks.sources": tasks, "rounds": rounds, "seed": seed}
+    flags = {"model.name": model, "tasks.sources": tasks, "rounds": rounds, "seed": seed, "engine.backend": engine}
 
     def run(config: "RunConfig", folder: "RunFolder") -> int:
         return run_node(config, folder, command="silo", make_exchange=lambda _: SiloExchange(), as_json=as_json)
@@ -99,15 +100,16 @@ def evaluate(
 @cli.command()
 @click.argument("run_dir", type=click.Path(path_type=Path))
 @click.argument("target", type=click.Path(path_type=Path))
-def export(run_dir: Path, target: Path) -> int:
+@click.option("--drafter", is_flag=True, help="write the learned drafter instead, as an EAGLE checkpoint")
+def export(run_dir: Path, target: Path, drafter: bool) -> int:
     """Write the policy of the run in RUN_DIR to the folder TARGET, for transformers and vLLM."""
     from node.run_folder import RunFolder
 
     folder = RunFolder(run_dir)
     folder.refuse_missing()
-    from node.saved import export_policy
+    from node.saved import export_drafter, export_policy
 
-    export_policy(folder, target)
+    (export_drafter if drafter else export_policy)(folder, target)
     return 0
 
 

@@ -125,6 +125,7 @@ class Node:
             await asyncio.wait([self._watch])
         await self.exchange.close()
         if self._parts is not None:
+            self._parts.drafting.close()
             self._parts.scorer.close()
             self._parts.engine.close()
         self._torch.shutdown(wait=True)
@@ -138,6 +139,7 @@ class Node:
         external = await self.exchange.sample(config.sapo.num_external)
         with meter.time("rollout"):
             tasks, again = self._choose_tasks(round_index, external)
+            await self._in_torch(self._learn_drafts, tasks, external)
         own = await self._write(tasks, round_index, meter)
         await self.exchange.publish(own)
         external += await self.exchange.fill(sapo.num_to_fill(own, external, config.sapo, again))
@@ -146,11 +148,13 @@ class Node:
         batch = sapo.build_batch(own, external, config.sapo, rng, again=again, external_weight=weight)
         with meter.time("update"):
             stats = await self._update(batch)
+        with meter.time("drafter"):
+            await self._in_torch(parts.drafting.catch_up)
         with meter.time("load_policy"):
             await self._in_torch(self._load_policy)
         row = self._describe(round_index, own, again, stats, Counter(parts.scorer.counts) - outcomes_before)
         row |= describe_external(len(own), external, batch, weight) | self.exchange.describe_round()
-        row |= parts.rollouts.describe()
+        row |= parts.rollouts.describe() | parts.drafting.describe()
         if self._evaluation_is_due(round_index):
             with meter.time("evaluation"):
                 row |= describe_evaluation(await self._in_torch(self._evaluate))
@@ -182,7 +186,7 @@ class Node:
     ) -> list[RolloutGroup]:
         with meter.time("rollout"):
             groups = await self._in_torch(self.parts.rollouts.collect, tasks, round_index=round_index, spans=spans)
-        with meter.time("scoring"):
+        with meter.time("scoring"), self.parts.drafting.idle():
             return await self._in_torch(self.parts.scorer.score_groups, groups)
 
     async def _update(self, batch: TrainingBatch) -> "UpdateStats | None":
@@ -191,7 +195,16 @@ class Node:
         self._trained_round = self.recorder.last_round + 1
         if not batch.groups:
             return None
-        return await self._in_torch(self.parts.trainer.update, batch)
+        stats = await self._in_torch(self.parts.trainer.update, batch)
+        self.parts.drafting.policy_updated()
+        return stats
+
+    def _learn_drafts(self, tasks: list[Task], external: list[RolloutGroup]) -> None:
+        """Let drafters know what others wrote to the questions of this round."""
+        asked = {task.ref for task in tasks}
+        for group in external:
+            if group.task.ref in asked:
+                self.parts.drafting.learn(group.prompt_ids, [one.token_ids for one in group.completions])
 
     async def _record(self, row: dict[str, Any], batch: TrainingBatch, meter: RoundMeter) -> None:
         """Put the round on the disk and on the screen."""
@@ -246,6 +259,7 @@ class Node:
         await self.exchange.start()
         self._parts = await self._in_torch(self._build_parts, self.config, self.stopping)
         self.exchange.attach(self._parts)
+        self.recorder.keep_beside(self._parts.drafting)
         self.display.loaded()
         self._enter("replay")
         restored = await self._in_torch(self.recorder.restore, self.parts.trainer, self.stopping.is_set)

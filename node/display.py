@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TextIO
 
+from node.drafts_shown import drafts
+
 __all__ = [
     "Display",
     "JsonDisplay",
@@ -175,7 +177,7 @@ class PlainDisplay(Display):
 
 def _round_line(row: Mapping[str, Any], progress: Progress) -> str:
     shown = f"  held-out pass@1 {row['pass_at_1_heldout']:.3f}" if "pass_at_1_heldout" in row else ""
-    shown += from_others(row) + partial_rollouts(row)
+    shown += from_others(row) + partial_rollouts(row) + drafts(row)
     return (
         f"round {row['round']}/{progress.rounds}  reward {row['reward_mean']:.3f} "
         f"(average {row['reward_moving_average']:.3f}){shown}  {row['tokens_per_s']:,.0f} tokens/s  "

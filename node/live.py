@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from node.display import Display, Progress, RunInfo, duration, from_others, partial_rollouts
+from node.drafts_shown import drafts
 
 __all__ = ["LiveDisplay", "sparkline"]
 
@@ -26,6 +27,7 @@ _PHASES = {
     "rollout": "writing completions",
     "scoring": "scoring answers",
     "update": "updating the policy",
+    "drafter": "teaching the drafter",
     "load_policy": "giving the engine the new policy",
     "record": "recording",
 }
@@ -124,6 +126,8 @@ class LiveDisplay(Display):
         if row is not None:
             if partial := partial_rollouts(row).strip():
                 table.add_row("rollouts", partial)
+            if drafted := drafts(row).removeprefix("  drafts "):
+                table.add_row("drafts", drafted)
             table.add_row(
                 "speed", f"{row['tokens_per_s']:,.0f} tokens/s   {1 / max(row['round_s'], 1e-9):.1f} rounds/s"
             )

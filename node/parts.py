@@ -7,7 +7,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -15,6 +15,7 @@ import torch
 from node.config import RunConfig
 from node.interrupt import InterruptibleEngine
 from protocol.messages import TaskRef
+from swarm.drafting.drafting import Drafting, make_drafting
 from swarm.engine import choice
 from swarm.engine.base import Engine
 from swarm.policy import Policy, load_policy
@@ -59,6 +60,7 @@ class Parts:
     rollouts: RolloutCollector
     scorer: Scorer
     trainer: Trainer
+    drafting: Drafting = field(default_factory=Drafting)
 
 
 def build_parts(config: RunConfig, stopping: threading.Event, say: Callable[[str], None] = lambda _: None) -> Parts:
@@ -79,6 +81,7 @@ def build_parts(config: RunConfig, stopping: threading.Event, say: Callable[[str
             say(f"engine: {chosen.backend}: {chosen.reason}")
             engine = make_engine(config, policy, tasks)
             trainer = make_trainer(config, policy)
+            drafting = make_drafting(config.engine, engine, policy, trainer)
             scorer_started.result()
         except BaseException:
             beside.shutdown(wait=True)
@@ -86,7 +89,7 @@ def build_parts(config: RunConfig, stopping: threading.Event, say: Callable[[str
             raise
     interruptible = InterruptibleEngine(engine, stopping, engine.max_seq_len)
     rollouts = make_rollouts(config, interruptible, policy, tasks)
-    return Parts(policy, tasks, interruptible, rollouts, scorer, trainer)
+    return Parts(policy, tasks, interruptible, rollouts, scorer, trainer, drafting)
 
 
 def make_rollouts(config: RunConfig, engine: Engine, policy: Policy, tasks: TaskSet) -> RolloutCollector:

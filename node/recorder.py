@@ -24,11 +24,15 @@ from swarm.journal import Journal, JournalRecord
 from swarm.types import TrainingBatch
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from swarm.drafting.drafting import Drafting
     from swarm.trainer import Trainer
 
-__all__ = ["Recorder", "Restored", "RoundKeeper"]
+__all__ = ["Recorder", "Restored", "RoundKeeper", "drafting_state"]
 
 _MAX_COST = 0.05  # share of the run that writing checkpoints may take
+_DRAFTING = "drafting."  # before the names of its tensors
 _SLOW_DISK_BYTES_PER_S = 100e6  # what a checkpoint is assumed to be written at before one has been timed
 
 
@@ -48,6 +52,9 @@ class RoundKeeper(Protocol):
     @property
     def last_round(self) -> int:
         """The last finished round."""
+
+    def keep_beside(self, drafting: "Drafting") -> None:
+        """Restore and keep what drafting has learned as well. Called before `restore`."""
 
     def restore(self, trainer: "Trainer", interrupted: Callable[[], bool]) -> Restored:
         """Bring the trainer to the last good state."""
@@ -89,11 +96,16 @@ class Recorder:
         self._last_checkpoint_round = 0
         self._rollouts: Mapping[str, Any] | None = None  # of the last finished round
         self._write_s: float | None = None
+        self._drafting: Drafting | None = None
 
     @property
     def last_round(self) -> int:
         """The last finished round."""
         return self._journal.last_round
+
+    def keep_beside(self, drafting: "Drafting") -> None:
+        """See RoundKeeper."""
+        self._drafting = drafting
 
     def restore(self, trainer: "Trainer", interrupted: Callable[[], bool]) -> Restored:
         """Bring the trainer to the last good state and make journal and metrics end there.
@@ -105,6 +117,8 @@ class Recorder:
         round_index = 0
         if checkpoint is not None:
             trainer.load_state(checkpoint.tensors, checkpoint.meta)
+            if self._drafting is not None:
+                self._drafting.load_state(*drafting_state(checkpoint))
             round_index = checkpoint.round_index
         records = self._journal.read_after(round_index)
         if checkpoint is None and damaged and not records:
@@ -178,8 +192,12 @@ class Recorder:
         return num_bytes / _SLOW_DISK_BYTES_PER_S
 
     def _begin_checkpoint(self, trainer: "Trainer") -> None:
-        meta = {**trainer.state_meta(), "rollouts": self._rollouts}
-        checkpoint = Checkpoint(self.last_round, trainer.state_tensors(), meta)
+        meta: dict[str, Any] = {**trainer.state_meta(), "rollouts": self._rollouts}
+        tensors = trainer.state_tensors()
+        if self._drafting is not None:
+            meta["drafting"] = self._drafting.state_meta()
+            tensors |= {_DRAFTING + name: tensor for name, tensor in self._drafting.state_tensors().items()}
+        checkpoint = Checkpoint(self.last_round, tensors, meta)
         loop = asyncio.get_running_loop()
         self._checkpoint = loop.run_in_executor(self._disk, self._write_checkpoint, checkpoint)
 
@@ -194,6 +212,12 @@ class Recorder:
         self._last_checkpoint_round = checkpoint.round_index
         self._write_s = self._last_checkpoint_at - begin
         give_back()  # now and then, and beside the round
+
+
+def drafting_state(checkpoint: Checkpoint) -> "tuple[dict[str, Tensor], Mapping[str, Any] | None]":
+    """Return what a checkpoint holds of drafting: its tensors, and the rest, None where there is nothing."""
+    held = {name: tensor for name, tensor in checkpoint.tensors.items() if name.startswith(_DRAFTING)}
+    return {name.removeprefix(_DRAFTING): tensor for name, tensor in held.items()}, checkpoint.meta.get("drafting")
 
 
 def _described(checkpoint: Checkpoint | None) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from node.config import RunConfig
 from node.layers import read_toml, resolve
 from node.parts import make_engine, make_trainer
+from node.recorder import drafting_state
 from node.run_folder import RunFolder
 from node.summary import tasks_label
 from swarm.checkpoint import Checkpoints
@@ -21,7 +22,7 @@ from swarm.policy import Policy, export, load_policy
 from swarm.scoring import ScoringPool
 from swarm.tasks import build_task_set
 
-__all__ = ["evaluate_policy", "export_policy", "load_trained"]
+__all__ = ["evaluate_policy", "export_drafter", "export_policy", "load_trained"]
 
 
 def load_trained(config: RunConfig, folder: RunFolder) -> tuple[Policy, int]:
@@ -52,6 +53,24 @@ def export_policy(folder: RunFolder, target: Path) -> None:
     policy, round_index = load_trained(resolve([read_toml(folder.config)]).config, folder)
     export(policy, target)
     print(f"{target} holds the policy after round {round_index}")
+
+
+def export_drafter(folder: RunFolder, target: Path) -> None:
+    """Write a run's learned drafter to a folder that vLLM loads as an EAGLE drafter of the run's policy."""
+    from swarm.drafting.head_export import export_head
+    from swarm.drafting.learner import HeadLearner
+
+    config = resolve([read_toml(folder.config)]).config
+    checkpoint, damaged = Checkpoints(folder.checkpoints, config.checkpoint.keep).newest()
+    if checkpoint is None:
+        raise CheckpointError(damaged[0] if damaged else f"the run in {folder.path} has no checkpoint yet")
+    tensors, meta = drafting_state(checkpoint)
+    if meta is None or meta["learner"] is None:
+        raise CheckpointError(f"the run in {folder.path} has no learned drafter: run it with engine.speculation=auto")
+    learner = HeadLearner(load_policy(config.model).model)
+    learner.load_state(tensors, meta["learner"])
+    export_head(learner.model, target)
+    print(f"{target} holds the drafter after round {checkpoint.round_index}, {learner.num_steps} steps of learning")
 
 
 def evaluate_policy(config: RunConfig, folder: RunFolder | None, *, as_json: bool) -> None:

@@ -18,6 +18,7 @@ from rich.text import Text
 from node.addresses import best_address
 from node.control import newest_status, read_status
 from node.display import duration
+from node.drafts_shown import drafts_view
 from node.options import RUNS
 from node.status import SCHEMA_VERSION
 
@@ -117,6 +118,8 @@ def _add_training(table: Table, training: Mapping[str, Any]) -> None:
             f"staleness {rollouts['staleness_mean']:.2f} on average, {rollouts['staleness_max']} at most, "
             f"saved {rollouts['saved_s']:.3f} s a round   ({last})",
         )
+    if (drafted := training.get("drafts")) is not None:
+        table.add_row("drafts", f"{drafts_view(drafted)} a round   ({last})")
     if training["pass_at_1_heldout"] is not None:
         table.add_row("held-out pass@1", f"{training['pass_at_1_heldout']:.3f}")
     if training["external_share"] is not None and training["num_external_wanted"]:

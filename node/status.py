@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Final
 
+from node.drafts_shown import drafts_of_rounds
+
 if TYPE_CHECKING:
     from node.daemon import Node
 
@@ -63,6 +65,7 @@ def training_status(node: "Node", model: str, tasks: str) -> dict[str, Any]:
         "external_share": _external_share(rows),
         "full_rounds_share": _full_rounds_share(rows),
         "rollouts": _rollouts(rows),
+        "drafts": drafts_of_rounds(rows),
         "round_s": _mean(rows, "round_s"),
         "tokens_per_s": last.get("tokens_per_s"),
         "elapsed_s": last.get("elapsed_s", 0.0),

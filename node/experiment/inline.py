@@ -7,6 +7,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from node.display import Display, RunInfo
 from node.recorder import Restored
+from swarm.drafting.drafting import Drafting
 from swarm.trainer import Trainer
 from swarm.types import TrainingBatch
 
@@ -47,6 +48,9 @@ class RoundCount:
     def last_round(self) -> int:
         """The last finished round."""
         return self._last_round
+
+    def keep_beside(self, drafting: Drafting) -> None:
+        """Nothing is kept."""
 
     def restore(self, trainer: Trainer, interrupted: Callable[[], bool]) -> Restored:
         """Begin at the beginning."""

@@ -19,6 +19,7 @@ from node.exchange import Exchange, SiloExchange
 from node.recorder import Recorder
 from node.run_folder import RunFolder
 from protocol.messages import TaskRef
+from swarm.drafting.drafting import Drafting
 from swarm.types import Completion, RolloutGroup, Segment, Task, TrainingBatch
 
 
@@ -185,6 +186,7 @@ class Harness:
     on_round: Callable[[int], None] = lambda round_index: None
     trainer: NumberTrainer = field(default_factory=NumberTrainer)
     display: QuietDisplay = field(default_factory=QuietDisplay)
+    drafting: Drafting = field(default_factory=Drafting)
     parts: Any = None
 
     @property
@@ -208,6 +210,7 @@ class Harness:
                 rollouts=NumberRollouts(engine, self.on_round),
                 scorer=NumberScorer(),
                 trainer=self.trainer,
+                drafting=self.drafting,
             )
             return self.parts
 
