@@ -8,38 +8,17 @@ from collections import Counter
 from collections.abc import Coroutine, Sequence
 from typing import Any
 
-from _swarm import Node, Swarm, identity_of, write_group
+from _attacker import Attacker, attack
+from _swarm import Node, Swarm, write_group
 
-from protocol.about import NodeAbout
 from protocol.digests import leaf_of
-from protocol.identity import Identity
-from protocol.limits import NODE_RECORD_TTL_S
-from protocol.messages import Announcement, SharedCompletion, SharedGroup
-from protocol.own_record import sign_own_record
-from protocol.requests import (
-    AnnounceRequest,
-    Hello,
-    Offer,
-    PeersResponse,
-    PullResponse,
-    decode_hello,
-    decode_pull_request,
-    encode_announce_request,
-    encode_hello,
-    encode_peers_response,
-    encode_pull_response,
-)
-from protocol.shards import NUM_SALTS, Shards, path_of, record_validator, shard_key
+from protocol.messages import SharedCompletion, SharedGroup
 from protocol.signing import sign_announcement
-from protocol.transport import memory_network, virtual_time
+from protocol.transport import virtual_time
 from protocol.transport.base import RequestRefused, TransportError
-from protocol.transport.memory import MemoryTransport
-from protocol.transport.memory_network import MemoryNetwork
-from protocol.transport.virtual_time import virtual_clock
 from protocol.wire import encode_frame
 
 WANT_ALL: dict[str, Any] = {"reserve_groups": 4000, "max_rescore_queue": 4000, "max_author_share": 1.0}
-ABOUT = NodeAbout("trainer", "swarm-node/0.1.0", "tiny", ())
 
 
 def simulate(main: Coroutine[Any, Any, None]) -> None:
@@ -48,74 +27,6 @@ def simulate(main: Coroutine[Any, Any, None]) -> None:
 
 def short_groups(rng: random.Random, num: int) -> list[SharedGroup]:
     return [write_group(rng, num_completions=4, num_chars=80) for _ in range(num)]
-
-
-class Attacker:
-    """A peer that speaks the protocol, and says in it what it likes."""
-
-    def __init__(self, swarm: Swarm, identity: Identity, swarm_id: str = "main") -> None:
-        self.identity, self.swarm_id, self.swarm = identity, swarm_id, swarm
-        self.clock = virtual_clock()
-        self.transport = MemoryTransport(swarm.network, identity.node_id, lambda *record: True)
-        self.batches: dict[bytes, list[bytes]] = {}  # frames that it gives, by root
-        self.records: list[bytes] = []  # that it tells of
-        self.num_pulled = 0
-        self._sequence = 0
-        for name, handler in (
-            ("hello", self._hello), ("pull", self._pull), ("announce", self._nothing), ("repair", self._nothing),
-            ("peers", self._peers),
-        ):  # fmt: skip
-            self.transport.handle(name, handler, max_request_bytes=2**20)
-
-    def record(self, swarm_id: str | None = None) -> Any:
-        now_ms = int(self.clock() * 1000)
-        return sign_own_record(self.identity, self.transport, swarm_id or self.swarm_id, ABOUT, now_ms)
-
-    async def link(self, victim: str) -> bool:
-        hello = Hello(self.swarm_id, int(self.clock() * 1000), True, self.record())
-        answer = await self.transport.request(
-            victim, "hello", encode_hello(hello), max_response_bytes=4096, timeout_s=5
-        )
-        return decode_hello(answer).link
-
-    async def announce(self, victim: str, encoded: Sequence[bytes]) -> None:
-        request = encode_announce_request(AnnounceRequest(tuple(Offer(one, 2**64 - 1) for one in encoded)))
-        await self.transport.request(victim, "announce", request, max_response_bytes=4096, timeout_s=5)
-
-    def make(self, frames: list[bytes], *, age_s: float = 0.0, swarm_id: str = "main") -> Announcement:
-        self._sequence += 1
-        made = sign_announcement(
-            self.identity, swarm_id, sequence=int(self.clock() * 1000) + self._sequence,
-            created_at_ms=int((self.clock() - age_s) * 1000), frames=frames,
-        )  # fmt: skip
-        self.batches[made.root] = frames
-        return made
-
-    async def _hello(self, asker: str, payload: bytes) -> bytes:
-        return encode_hello(Hello(self.swarm_id, int(self.clock() * 1000), True, self.record()))
-
-    async def _pull(self, asker: str, payload: bytes) -> bytes:
-        request = decode_pull_request(payload)
-        frames = self.batches.get(request.root)
-        if frames is None:
-            raise RequestRefused("not_held")
-        self.num_pulled += len(request.numbers)
-        leaves = tuple(leaf_of(frame) for frame in frames)
-        return encode_pull_response(PullResponse(leaves, {number: frames[number] for number in request.numbers}))
-
-    async def _peers(self, asker: str, payload: bytes) -> bytes:
-        return encode_peers_response(
-            PeersResponse(tuple(random.Random(0).sample(self.records, min(8, len(self.records)))))
-        )
-
-    async def _nothing(self, asker: str, payload: bytes) -> bytes:
-        raise RequestRefused("busy")
-
-
-async def attack(swarm: Swarm, seed: int = 10_000, swarm_id: str = "main") -> Attacker:
-    attacker = Attacker(swarm, identity_of(seed), swarm_id)
-    await attacker.transport.start()
-    return attacker
 
 
 def test_ten_thousand_bad_announcements_none_admitted_and_each_counted():
@@ -390,131 +301,3 @@ def test_nodes_of_another_swarm_are_refused_by_name():
         await swarm.close()
 
     simulate(main())
-
-
-def test_an_abused_directory_hides_nobody():
-    async def main() -> None:
-        swarm = Swarm()
-        attacker = await attack(swarm)
-        clock, owner = virtual_clock(), attacker.identity.node_id
-        value = attacker.record().encoded
-        path = path_of(owner, 0)
-        for salt in (0, 1):
-            for depth in range(17):
-                for far_s in (NODE_RECORD_TTL_S, 10**9):
-                    await attacker.transport.store(
-                        shard_key("main", salt, depth, path_of(owner, salt)), value, clock() + far_s
-                    )
-            await attacker.transport.store(shard_key("main", salt, 0, path), b"a plain value", clock() + 10**9)
-        sybils = [await attack(swarm, 30_000 + number) for number in range(10)]
-        for sybil in sybils:
-            for salt in (0, 1):
-                expires_at = sybil.record().created_at_ms / 1000 + NODE_RECORD_TTL_S
-                await sybil.transport.store(shard_key("main", salt, 0, 0), sybil.record().encoded, expires_at)
-        honest = [await swarm.add(peers=()) for _ in range(20)]
-        for number, node in enumerate(honest):  # each knows one other: the sybils are in the DHT alone
-            node.member.neighbours.given = {honest[number - 1].address: "not tried yet"}
-        await asyncio.sleep(1200)
-        names = {node.id for node in honest}
-        found = [len({k.record.node_id for k in node.member.directory.nodes()} & names) / 19 for node in honest]
-        assert sum(found) / len(found) >= 0.95
-        assert min(len({link.node_id for link in node.member.neighbours.outbound()} & names) for node in honest) >= 1
-        await swarm.close()
-
-    simulate(main())
-
-
-def test_eclipsed_keys_isolate_nobody():
-    async def main() -> None:
-        swarm = Swarm()
-        honest = [await swarm.add() for _ in range(12)]
-        await asyncio.sleep(60)
-        eclipsed = shard_key("main", 0, 0, 0)
-        real = MemoryTransport.lookup
-
-        async def blind(self: MemoryTransport, key: bytes, *, timeout_s: float) -> Any:
-            return [] if key == eclipsed else await real(self, key, timeout_s=timeout_s)
-
-        MemoryTransport.lookup = blind  # type: ignore[method-assign]
-        try:
-            late = await swarm.add(peers=(honest[0].address,))
-            await asyncio.sleep(120)
-            names = {node.id for node in honest}
-            assert len({known.record.node_id for known in late.member.directory.nodes()} & names) >= 0.95 * 12
-        finally:
-            MemoryTransport.lookup = real  # type: ignore[method-assign]
-        await swarm.close()
-
-    simulate(main())
-
-
-class Blind(dict[bytes, Any]):
-    """What a hostile node holds for others: it takes every record, and has none."""
-
-    def setdefault(self, key: bytes, default: Any = None) -> Any:
-        return {}
-
-
-def next_to(keys: Sequence[bytes], honest: Sequence[Identity], num: int) -> list[Identity]:
-    """Make so many identities for each key that stand between it and the first honest node behind it."""
-    places = [memory_network._place(identity.node_id.encode()) for identity in honest]
-    missing, found, seed = dict.fromkeys(keys, num), list[Identity](), 50_000
-    while missing:
-        identity, seed = identity_of(seed), seed + 1
-        place = memory_network._place(identity.node_id.encode())
-        for key in missing:
-            start = memory_network._place(key)
-            distance = min(int.from_bytes(p) - int.from_bytes(start) & 2**128 - 1 for p in places)
-            if int.from_bytes(place) - int.from_bytes(start) & 2**128 - 1 < distance:
-                missing[key] -= 1
-                if not missing[key]:
-                    del missing[key]
-                found.append(identity)
-                break
-    return found
-
-
-async def share_found_in_shards(num_hostile: int) -> float:
-    """Place twenty nodes beside some ids next to each key that they may write to; return how much of it is found."""
-    honest = [identity_of(number) for number in range(1, 21)]
-    keys = [
-        shard_key("main", salt, depth, prefix << 16 - depth)
-        for salt in range(NUM_SALTS) for depth in range(3) for prefix in range(2**depth)
-    ]  # fmt: skip
-    network = MemoryNetwork(random.Random(0), clock=virtual_clock())
-    for identity in next_to(keys, honest, num_hostile) if num_hostile else ():
-        hostile = MemoryTransport(network, identity.node_id, lambda *record: True)
-        await hostile.start()
-        hostile._records = Blind()
-    nodes = []
-    for identity in honest:
-        transport = MemoryTransport(network, identity.node_id, record_validator("main"))
-        await transport.start()
-        nodes.append((identity, transport, Shards(transport, "main", timeout_s=5, rng=random.Random(0))))
-    for _ in range(2):  # the second time they see one another
-        for identity, transport, shards in nodes:
-            await shards.place(lambda record, salt: None)
-            now_ms = int(network.clock() * 1000)
-            await shards.publish(sign_own_record(identity, transport, "main", ABOUT, now_ms))
-    seen = [set[str]() for _ in nodes]
-    for names, (_, _, shards) in zip(seen, nodes, strict=True):
-        for turn in range(16):
-            await shards.read(turn % NUM_SALTS, lambda record, salt, names=names: names.add(record.node_id))
-    return sum(len(names) for names in seen) / len(nodes) ** 2
-
-
-def test_five_ids_next_to_every_key_hide_nobody(monkeypatch):
-    def found(num_hostile: int) -> float:
-        shares: list[float] = []
-
-        async def main() -> None:
-            shares.append(await share_found_in_shards(num_hostile))
-
-        simulate(main())
-        return shares[0]
-
-    undisturbed = found(0)  # by some random reads, not quite all
-    assert undisturbed > 0.8
-    assert found(5) >= 0.95 * undisturbed
-    monkeypatch.setattr(memory_network, "NUM_REPLICAS", 5)  # the five have every replica then
-    assert found(5) <= 0.2
