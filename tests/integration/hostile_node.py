@@ -16,7 +16,6 @@ from collections import Counter
 from pathlib import Path
 
 import msgpack
-import zstandard
 
 from node.config import RunConfig
 from node.layers import resolve
@@ -49,6 +48,7 @@ from swarm.tasks import build_task_set
 
 LOCAL = HivemindSettings(listen=("/ip4/127.0.0.1/tcp/0",), nat_port_map=False, auto_nat=False)
 ABOUT = NodeAbout("trainer", "swarm-node/0.1.0", "tiny", ("chain_sum",))
+MAGIC = bytes.fromhex("28b52ffd")  # of a zstd frame
 PAUSE_S = 0.1  # between two attacks of one kind
 REQUESTS = ("hello", "announce", "pull", "repair", "peers", "nothing_of_the_kind")
 
@@ -86,18 +86,24 @@ def with_fields(ref: TaskRef, minor: int, *more: object) -> bytes:
 
 def bombs() -> list[bytes]:
     """Frames that say, or do not say, that they become more than a node takes."""
-    zeros = zeros_compressed(2**30, 2**30)
-    unsized = zeros_compressed(2**30, -1)
-    magic = bytes.fromhex("28b52ffd")
-    claims = magic + b"\xe0" + (2**40).to_bytes(8, "little")  # single segment, content size in 8 bytes
-    lies = magic + b"\xa0" + (1000).to_bytes(4, "little") + zeros[zeros.index(b"\x02") :][:4000]
-    return [zeros, unsized, claims + bytes(100), lies, compress(b"\xdd\xff\xff\xff\xff" + bytes(2**19)), b"\xc6" * 100]
+    claims = MAGIC + b"\xe0" + (2**40).to_bytes(8, "little")  # single segment, content size in 8 bytes
+    lies = MAGIC + b"\xa0" + (1000).to_bytes(4, "little") + zeros(2**27)
+    return [
+        MAGIC + b"\x80\x58" + (2**30).to_bytes(4, "little") + zeros(2**30),  # a window of 2 MiB
+        MAGIC + b"\x00\x58" + zeros(2**30),  # of no declared size
+        claims + bytes(100),
+        lies,
+        compress(b"\xdd\xff\xff\xff\xff" + bytes(2**19)),
+        b"\xc6" * 100,
+    ]
 
 
-def zeros_compressed(num_bytes: int, declared: int) -> bytes:
-    """Return a frame of so many zeros; -1 declares no size."""
-    compressor, piece = zstandard.ZstdCompressor(level=3).compressobj(size=declared), bytes(2**20)
-    return b"".join(compressor.compress(piece) for _ in range(num_bytes // len(piece))) + compressor.flush()
+def zeros(num_bytes: int) -> bytes:
+    """Return zstd's blocks of so many zeros, as its compressor writes them: 4 bytes for each 128 KiB."""
+    size = 2**17
+    blocks = bytearray(((size << 3 | 1 << 1).to_bytes(3, "little") + b"\0") * (num_bytes // size))
+    blocks[-4] |= 1  # the last one
+    return bytes(blocks)
 
 
 class Hostile:
@@ -256,10 +262,10 @@ class Hostile:
 
 
 async def main() -> None:
-    os.nice(19)  # what this costs the victim is the question, not what it costs here
     hostile = Hostile(Identity.load_or_create(Path(sys.argv[1])), Path(sys.argv[3]))
     await hostile.transport.start()
     await hostile.link(sys.argv[2])
+    os.nice(19)  # what this costs the victim is the question, not what it costs here
     print("linked", flush=True)
     attacking: list[asyncio.Task[None]] = []
     while (await asyncio.to_thread(sys.stdin.readline)).strip() == "attack":

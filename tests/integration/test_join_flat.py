@@ -58,7 +58,7 @@ def test_memory_and_descriptors_are_flat_with_three_nodes(tmp_path):
         rounds = [len(node.rows()) for node in nodes]
         shares = [statistics.fmean(row["num_external"] / 4 for row in node.rows()[-200:]) for node in nodes]
         restarts = [node.swarm()["transport_restarts"] for node in nodes]
-        assert [node.stop() for node in nodes] == [143] * 3
+        assert [node.stop(within_s=120) for node in nodes] == [143] * 3  # beside other work, at the lowest priority
 
     print(
         f"\n{MINUTES:g} minutes, rounds {rounds}, p2pd was restarted {sum(restarts)} times; "
