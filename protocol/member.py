@@ -148,6 +148,8 @@ class Member:
         """Listen, and join in the background. Raises TransportError or SavedStateError, whose messages name the fix."""
         self._restore()
         await self.local.transport.start()
+        if self._state_path is not None:  # whoever is killed before the next save must not begin with the same number
+            write_state(self._state_path, self.config.swarm_id, self._state(closed=False))
         self.neighbours.start()
         self.gossip.start()
         self.upkeep.start()

@@ -305,6 +305,31 @@ def test_after_a_crash_nothing_is_used_again_and_numbers_still_grow(tmp_path):
     simulate(main())
 
 
+def test_a_node_that_is_killed_again_and_again_takes_no_number_twice(tmp_path):
+    async def main() -> None:
+        swarm = Swarm()
+        other = await swarm.add(**WANT_ALL)
+        sequences, settings = list[int](), {**WANT_ALL, "state_path": tmp_path / "swarm.state", "save_s": 30}
+        node = await swarm.add(**settings)
+        await publish(node)
+        await asyncio.sleep(40)  # it has saved once
+        for _ in range(3):
+            await publish(node)
+            sequences.append(node.member._sequence)
+            await asyncio.sleep(3)
+            identity, saved = node.member.local.identity, (tmp_path / "swarm.state").read_bytes()
+            await swarm.remove(node, kill=True)
+            (tmp_path / "swarm.state").write_bytes(saved)  # what a kill would have left
+            swarm.network.revive(identity.node_id)
+            node = await swarm.add(identity=identity, peers=(other.address,), **settings)
+            await asyncio.sleep(5)
+        assert sequences == sorted(set(sequences))
+        assert other.status()["refusals"].get("conflict", 0) == 0
+        await swarm.close()
+
+    simulate(main())
+
+
 def test_a_verifier_with_a_bug_stops_its_node_and_no_other():
     async def main() -> None:
         async def buggy(group: object) -> Any:
