@@ -93,6 +93,10 @@ class Directory:
         known = self._nodes.get(node_id)
         return known.root if known is not None else ""
 
+    def num_known_widely(self, max_per_source: int) -> int:
+        """Count nodes, but no more for each source that told of them first: how much is known, whoever floods."""
+        return sum(min(num, max_per_source) for num in self._num_by_source.values())
+
     def reached(self, node_id: str, now_s: float) -> None:
         """Note that a node has answered."""
         known = self._nodes.get(node_id)

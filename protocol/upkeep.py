@@ -46,6 +46,7 @@ FIRST_PLACE_AGAIN_S = 25.0  # nodes that start together find the same room, and 
 PLACE_AGAIN_S = 7200.0  # how often a node looks whether its place in the DHT is still right: dear, and seldom news
 FORGET_S = 10.0
 MANY_NODES = 64  # known, beyond which there is no hurry to know more: a small swarm is known whole
+MAX_PER_SOURCE = 16  # that count for this, of those that one source has told of first
 _ASK_S = (5.0, 300.0)  # how often a neighbour is asked for records: while few nodes are known, and at most
 FIRST_READ_S = 60.0  # by then those that started together have placed their records
 READ_AGAIN_S = 15.0  # while reading tells of new nodes, or there is no neighbour
@@ -122,7 +123,7 @@ class Upkeep:
                 num_new = await self._ask(
                     self._not_asked.pop(0) if self._not_asked else rng.choice(list(self._neighbours.ids))
                 )
-                many = len(self._directory) >= MANY_NODES
+                many = self._directory.num_known_widely(MAX_PER_SOURCE) >= MANY_NODES
                 ask_s = _next_pause_s(ask_s, _ASK_S, often=num_new > 0 and not many, seldom=many)
                 ask_at_s = now_s + ask_s * rng.uniform(0.5, 1.5)
             if now_s >= (lonely_at_s if lonely else read_at_s):

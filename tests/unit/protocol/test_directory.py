@@ -82,6 +82,16 @@ def test_names_that_tell_of_each_other_have_one_root():
     assert directory.root_of("nobody") == ""
 
 
+def test_a_flood_is_not_much_knowledge():
+    directory = make(1024)
+    for number in range(200):
+        directory.add(record(f"sybil {number}"), "flooder", 1000)
+    assert directory.num_known_widely(8) == 8
+    for number in range(20):
+        directory.add(record(f"node {number}"), f"friend {number % 5}", 1000)
+    assert directory.num_known_widely(8) == 8 + 20
+
+
 def test_nodes_that_fail_are_tried_again_ever_later_and_then_forgotten():
     directory = make()
     directory.add(record("a"), "x", 0)
