@@ -32,7 +32,10 @@ class Member:
 
     def is_of(self, policy_version: int) -> bool:
         """Whether this version of the policy wrote all of it."""
-        return self.written is None or all(part.policy_version == policy_version for part in self.written.segments)
+        parts = () if self.written is None else self.written.segments
+        if len(parts) == 1:
+            return parts[0].policy_version == policy_version
+        return all(part.policy_version == policy_version for part in parts)
 
 
 @dataclass(slots=True)

@@ -30,7 +30,8 @@ _TAIL_WEIGHT = 0.25  # of the newest run in the moving average of tails
 
 def saved_tokens(counts: RunCounts, longest: int, step_cost_tokens: float) -> float:
     """Return what a run saved against a synchronous one, in tokens of decoding. longest: completion it returned."""
-    cost = counts.num_tokens_cut + _PREFILL_COST * counts.num_tokens_resumed
+    prefilled = counts.num_tokens_resumed + counts.num_prompt_tokens_resumed
+    cost = counts.num_tokens_cut + _PREFILL_COST * prefilled
     return step_cost_tokens * (longest - counts.num_steps) - cost
 
 

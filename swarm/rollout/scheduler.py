@@ -38,7 +38,8 @@ class RunCounts:
     num_slot_steps: int = 0  # busy slots, summed over steps
     num_tokens_generated: int = 0
     num_tokens_resumed: int = 0  # written in earlier runs and given back to the engine, so prefilled
-    num_tokens_cut: int = 0  # of those, tokens that the new policy does not write
+    num_prompt_tokens_resumed: int = 0  # of prompts that earlier runs had prefilled, each once
+    num_tokens_cut: int = 0  # of the resumed ones, tokens that the new policy does not write
     num_groups_in_flight: int = 0  # at the beginning
     num_groups_recycled: int = 0  # returned ones that an earlier run had begun
     num_tokens_recycled: int = 0  # that these had when the run began
@@ -61,6 +62,7 @@ class GroupScheduler:
         self._next_request_id = 0
         self._num_finished = 0
         self._num_resumed = 0  # tokens that this run has given back to the engine
+        self._resumed: set[GroupKey] = set()  # groups that these are of
         self._version = 0
 
     def __len__(self) -> int:
@@ -98,6 +100,8 @@ class GroupScheduler:
         for group in self._groups.values():
             group.finished_as = group.finished_as if self._is_whole(group) else 0
         self._num_resumed, num_in_flight = 0, len(self._groups)
+        self._resumed.clear()
+        prompts = {key: len(group.prompt_ids) for key, group in self._groups.items()}
         self._write(due, num_groups)
         for completion in self._engine.abort():
             self._take(completion)
@@ -111,6 +115,7 @@ class GroupScheduler:
             num_slot_steps=stats.num_slot_steps - before.num_slot_steps,
             num_tokens_generated=stats.num_tokens_generated - before.num_tokens_generated,
             num_tokens_resumed=self._num_resumed,
+            num_prompt_tokens_resumed=sum(prompts[key] for key in self._resumed),
             num_tokens_cut=stats.num_draft_tokens - stats.num_draft_tokens_kept - num_cut_before,
             num_groups_in_flight=num_in_flight,
             num_groups_recycled=len(recycled),
@@ -132,7 +137,7 @@ class GroupScheduler:
                 group = self._take(completion)
                 if self._arrived(group):
                     missing.discard(group.key)
-                elif more := self._requests(group, is_due=group.key in due):
+                elif group.is_finished and (more := self._requests(group, is_due=group.key in due)):
                     self._engine.submit(more)
 
     def state(self) -> list[dict[str, Any]]:
@@ -191,7 +196,9 @@ class GroupScheduler:
     def _request(self, group: Group, member: Member, *, as_draft: bool) -> Request:
         self._next_request_id += 1
         written = member.written
-        self._num_resumed += member.num_tokens
+        if member.num_tokens:
+            self._num_resumed += member.num_tokens
+            self._resumed.add(group.key)
         self._asked[self._next_request_id] = group, member
         self._held.add(id(member))
         return Request(

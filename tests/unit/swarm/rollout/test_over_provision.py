@@ -1,4 +1,5 @@
 import random
+from dataclasses import replace
 
 import msgpack
 import pytest
@@ -26,6 +27,8 @@ def run(chooser, num_runs, *, saves, tail=0.8, cut=0, longest=100):
 def test_what_a_run_saved_is_steps_less_verification():
     counts = RunCounts(num_steps=60, num_tokens_resumed=100, num_tokens_cut=30)
     assert saved_tokens(counts, longest=100, step_cost_tokens=10.0) == 400 - 30 - 50
+    counts = replace(counts, num_prompt_tokens_resumed=40)
+    assert saved_tokens(counts, longest=100, step_cost_tokens=10.0) == 400 - 30 - 50 - 20
 
 
 def test_it_goes_up_while_that_pays_and_stays_at_the_best():

@@ -145,6 +145,7 @@ def test_what_finished_with_the_target_comes_next_also_where_a_new_policy_verifi
     groups, counts = scheduler.run(1)
     assert (places(groups), counts.num_steps) == ([3], 1)
     assert (counts.num_tokens_resumed, counts.num_tokens_cut) == (2 + 3 + 3, 0)
+    assert counts.num_prompt_tokens_resumed == 2, "two groups with a prompt of one token"
     assert engine.stats.num_tokens_generated == (3 + 2) + 6 + 4 + 5 + 2 + 1, "nothing is written again"
 
 
