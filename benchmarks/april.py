@@ -1,6 +1,6 @@
 """Partial rollouts against synchronous ones: what they gain on a long tail, and what they cost without one.
 
-    python benchmarks/april.py [--parts throughput,discarded,overhead,own,learning] [--short]
+    python benchmarks/april.py [--parts throughput,discarded,overhead,own,learning] [--short] [--cpu-time]
 
 throughput   `tiny` with enforced lengths: log-normal, p99/p50 of 8.3, cut at 16 medians; groups per second and idle
              decode slots. *keep* is scheduling alone. *verify* is the default, under a policy that a real update moves
@@ -8,7 +8,7 @@ throughput   `tiny` with enforced lengths: log-normal, p99/p50 of 8.3, cut at 16
 discarded    tokens that were written and neither returned nor in flight nor cut by a new policy, over 200 rounds
 overhead     a workload without a tail, with the settings that are on by default
 own          `smollm2-135m` with lengths of its own (minutes)
-learning     held-out pass@1 of `tiny` over five seeds, at equal optimizer steps and at equal wall time (long)
+learning     held-out pass@1 of `tiny` over five seeds, at equal optimizer steps and at equal time (`_april_learning`)
 
 The sides take turns, round by round, each with an engine of its own kind and size, over the same prompts, seeds and
 lengths. Updates are not timed: only rollouts are compared.
@@ -16,20 +16,18 @@ lengths. Updates are not timed: only rollouts are compared.
 
 import argparse
 import copy
-import json
 import math
 import random
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
-from pathlib import Path
 from typing import Any
 
+import torch
+from _april_learning import learning
 from harness import Bar, report
 
 from protocol.messages import TaskRef
@@ -48,7 +46,7 @@ _MAX_SLOTS = 64
 _PARTS = ("throughput", "discarded", "overhead")
 _RATES = (1e-6, 1e-5, 1e-4)
 _WARMUP_ROUNDS = 3  # until as much is written ahead as a round takes from it
-_GAIN, _OVERHEAD, _MAX_TOKENS = 1.44, 0.99, 512
+_GAIN, _OVERHEAD, _MAX_TOKENS = 1.44, 0.99, 256
 
 
 @cache
@@ -81,6 +79,7 @@ class Side:
     rollouts: RolloutCollector
     engine: TorchEngine
     trainer: Trainer | None = None
+    clock: Callable[[], float] = time.perf_counter
     seconds: list[float] = field(default_factory=list)
     num_groups: int = 0
     num_returned: int = 0
@@ -88,9 +87,9 @@ class Side:
 
     def play(self, tasks: Sequence[Task], round_index: int) -> list[RolloutGroup]:
         """One round; only the rollouts are timed."""
-        begin = time.perf_counter()
+        begin = self.clock()
         groups = self.rollouts.collect(tasks, round_index=round_index)
-        self.seconds.append(time.perf_counter() - begin)
+        self.seconds.append(self.clock() - begin)
         self.num_groups += len(groups)
         self.num_returned += sum(len(one.token_ids) for group in groups for one in group.completions)
         self.rows.append(self.rollouts.describe())
@@ -118,7 +117,7 @@ def _random_batch(groups: Sequence[RolloutGroup], seed: int) -> TrainingBatch:
 
 def _side(
     policy: Policy, config: RolloutConfig, tasks: Callable[[int], Sequence[Task]], *,
-    length: Callable[[int], int] | None, learning_rate: float = 0.0,
+    length: Callable[[int], int] | None, learning_rate: float = 0.0, clock: Callable[[], float] = time.perf_counter,
 ) -> Side:  # fmt: skip
     """Make a side. length: None for lengths of its own."""
     kind = TorchEngine if length is None else EnforcedEngine
@@ -136,7 +135,7 @@ def _side(
         if config.is_partial
         else RolloutCollector(engine, policy, config, 1)
     )
-    return Side(rollouts, engine, trainer)
+    return Side(rollouts, engine, trainer, clock)
 
 
 def _tasks(num_groups: int) -> Callable[[int], list[Task]]:
@@ -177,12 +176,12 @@ def _describe(side: Side, against: Side | None) -> dict[str, Any]:
 
 
 def throughput(
-    policy: Policy, num_rounds: int, workloads: Sequence[tuple[int, int]]
+    policy: Policy, workloads: Sequence[tuple[int, int, int]], clock: Callable[[], float]
 ) -> tuple[dict[str, Any], list[Bar]]:
-    """Groups per second on the long tail."""
+    """Groups per second on the long tail. workloads: groups of a round, completions of a group, rounds."""
     figures: dict[str, Any] = {}
     bars = []
-    for num_groups, num_completions in workloads:
+    for num_groups, num_completions, num_rounds in workloads:
         tasks = _tasks(num_groups)
         base = RolloutConfig(num_completions=num_completions, max_new_tokens=_CAP, schedule="partial")
         keep = base.model_copy(update={"stale_tokens": "correct"})
@@ -194,11 +193,12 @@ def throughput(
         settings |= {
             f"verify x2, learning rate {r:g}": (base.model_copy(update={"over_provision": 2.0}), r) for r in _RATES
         }
-        four_times = base.model_copy(update={"over_provision": 4.0})
-        settings[f"verify x4, learning rate {_RATES[0]:g}"] = four_times, _RATES[0]
-        settings[f"verify, adaptive, learning rate {_RATES[0]:g}"] = base, _RATES[0]
+        usual = f"learning rate {_RATES[0]:g}"
+        for factor in (3.0, 4.0):
+            settings[f"verify x{factor:g}, {usual}"] = base.model_copy(update={"over_provision": factor}), _RATES[0]
+        settings[f"verify, adaptive, {usual}"] = base, _RATES[0]
         sides = {
-            name: _side(policy, config, tasks, length=tail_length, learning_rate=rate)
+            name: _side(policy, config, tasks, length=tail_length, learning_rate=rate, clock=clock)
             for name, (config, rate) in settings.items()
         }
         for round_index in range(num_rounds + _WARMUP_ROUNDS):
@@ -208,12 +208,14 @@ def throughput(
         against = sides["synchronous"]
         found = {name: _describe(side, None if side is against else against) for name, side in sides.items()}
         figures[workload] = found
-        best = max(one["times_as_fast_as_synchronous"] for name, one in found.items() if name.startswith("keep x"))
-        bars.append(Bar(f"tiny, {workload}: kept tokens, best fixed factor, against synchronous", best, _GAIN))
-        verified = f"learning rate {_RATES[0]:g}"
-        for name in ("keep, adaptive", f"verify x4, {verified}", f"verify, adaptive, {verified}"):
-            value = found[name]["times_as_fast_as_synchronous"]
-            bars.append(Bar(f"tiny, {workload}: {name}, against synchronous", value, _GAIN))
+        for way, names in {
+            "kept tokens, best fixed factor": [name for name in found if name.startswith("keep x")],
+            "kept tokens, adaptive": ["keep, adaptive"],
+            "exact, best fixed factor": [name for name in found if name.startswith("verify x") and usual in name],
+            "exact, adaptive": [f"verify, adaptive, {usual}"],
+        }.items():
+            best = max(found[name]["times_as_fast_as_synchronous"] for name in names)
+            bars.append(Bar(f"tiny, {workload}: {way}, against synchronous", best, _GAIN))
         idle = found["synchronous"]["idle_slot_share"] - found["keep x3"]["idle_slot_share"]
         bars.append(Bar(f"tiny, {workload}: share of slots idle, synchronous less partial", round(idle, 3), 0.0))
     return figures | {"lengths": _lengths(tail_length)}, bars
@@ -257,12 +259,12 @@ def discarded(policy: Policy, num_rounds: int) -> tuple[dict[str, Any], list[Bar
     return figures, bars
 
 
-def overhead(policy: Policy, num_rounds: int) -> tuple[dict[str, Any], list[Bar]]:
+def overhead(policy: Policy, num_rounds: int, clock: Callable[[], float]) -> tuple[dict[str, Any], list[Bar]]:
     """No tail: nothing to gain."""
     tasks = _tasks(8)
     base = RolloutConfig(num_completions=8, max_new_tokens=64, schedule="partial")
     plain = base.model_copy(update={"schedule": "synchronous"})
-    sides = [_side(policy, config, tasks, length=lambda seed: 64) for config in (plain, base)]
+    sides = [_side(policy, config, tasks, length=lambda seed: 64, clock=clock) for config in (plain, base)]
     for round_index in range(num_rounds):
         for side in sides if round_index % 2 else reversed(sides):
             side.play(tasks(round_index), round_index)
@@ -276,16 +278,16 @@ def overhead(policy: Policy, num_rounds: int) -> tuple[dict[str, Any], list[Bar]
     return figures, [Bar("no tail: partial against synchronous", round(ratio, 4), _OVERHEAD)]
 
 
-def own(num_rounds: int) -> tuple[dict[str, Any], list[Bar]]:
+def own(num_rounds: int, clock: Callable[[], float]) -> tuple[dict[str, Any], list[Bar]]:
     """A model's own lengths."""
     policy, tasks = load_policy(ModelConfig(name="smollm2-135m")), _tasks(4)
     base = RolloutConfig(num_completions=4, max_new_tokens=_MAX_TOKENS, schedule="partial", over_provision=3.0)
     keep = base.model_copy(update={"stale_tokens": "correct"})
     plain = base.model_copy(update={"schedule": "synchronous"})
     sides = {
-        "synchronous": _side(policy, plain, tasks, length=None),
-        "keep x3": _side(policy, keep, tasks, length=None),
-        "verify x3, learning rate 1e-06": _side(policy, base, tasks, length=None, learning_rate=1e-6),
+        "synchronous": _side(policy, plain, tasks, length=None, clock=clock),
+        "keep x3": _side(policy, keep, tasks, length=None, clock=clock),
+        "verify x3, learning rate 1e-06": _side(policy, base, tasks, length=None, learning_rate=1e-6, clock=clock),
     }
     lengths: list[int] = []
     for round_index in range(num_rounds + _WARMUP_ROUNDS):
@@ -306,75 +308,23 @@ def own(num_rounds: int) -> tuple[dict[str, Any], list[Bar]]:
     ]
 
 
-_LEARNING = """
-[tasks]
-answer = ["whole_text"]
-[[tasks.sources]]
-name = "chain_sum"
-config = {min_terms = 2, max_terms = 2, min_digits = 1, max_digits = 2}
-[[tasks.sources]]
-name = "spell_backward"
-config = {min_word_len = 3, max_word_len = 6}
-[rollout]
-max_new_tokens = 48
-[evaluation]
-num_items = 256
-"""
-
-
-def learning(num_seeds: int, num_rounds: int) -> tuple[dict[str, Any], list[Bar]]:
-    """What is learned, at equal steps and at equal wall time. Every run is a `swarm-node silo` of its own."""
-    curves: dict[str, list[list[tuple[float, float]]]] = {"synchronous": [], "partial": []}
-    for seed in range(num_seeds):
-        for schedule, found in curves.items():
-            found.append(_learning_run(schedule, seed, num_rounds))
-    final = {name: [curve[-1][1] for curve in found] for name, found in curves.items()}
-    at_equal_time = {name: [] for name in curves}  # type: dict[str, list[float]]
-    for pair in zip(*curves.values(), strict=True):
-        until = min(curve[-1][0] for curve in pair)
-        for name, curve in zip(curves, pair, strict=True):
-            at_equal_time[name].append(max((value for at, value in curve if at <= until), default=0.0))
-    means = {name: statistics.fmean(values) for name, values in final.items()}
-    timed = {name: statistics.fmean(values) for name, values in at_equal_time.items()}
-    figures = {"pass_at_1_at_equal_steps": final, "pass_at_1_at_equal_time": at_equal_time, "curves": curves}
-    return figures, [
-        Bar("pass@1 at equal steps, partial less synchronous", round(means["partial"] - means["synchronous"], 4), 0.0),
-        Bar("pass@1 at equal time, partial less synchronous", round(timed["partial"] - timed["synchronous"], 4), 0.0),
-    ]
-
-
-def _learning_run(schedule: str, seed: int, num_rounds: int) -> list[tuple[float, float]]:
-    """Return (seconds of rounds without evaluation, held-out pass@1) of every evaluation."""
-    node = str(Path(sys.executable).with_name("swarm-node"))
-    settings = (f"rollout.schedule={schedule}", f"seed={seed}", f"evaluation.every_rounds={num_rounds // 10}")
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "learning.toml").write_text(_LEARNING)
-        command = [node, "silo", "--json", "--model", "tiny", "--config", f"{folder}/learning.toml"]
-        command += ["--run-dir", f"{folder}/run", "--rounds", str(num_rounds)]
-        command += [word for setting in settings for word in ("--set", setting)]
-        done = subprocess.run(command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True, check=True)
-    rows: list[Mapping[str, Any]] = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    curve, seconds = [], 0.0
-    for row in rows:
-        seconds += row["round_s"]
-        if "pass_at_1_heldout" in row:
-            curve.append((round(seconds, 2), row["pass_at_1_heldout"]))
-    return curve
-
-
 def main() -> None:
     """Run the parts that are asked for, and report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", default=",".join(_PARTS))
     parser.add_argument("--short", action="store_true", help="few rounds: to see that it runs")
+    parser.add_argument("--cpu-time", action="store_true", help="one thread, CPU seconds: where other work goes on")
     args = parser.parse_args()
+    clock = time.process_time if args.cpu_time else time.perf_counter
+    if args.cpu_time:
+        torch.set_num_threads(1)
     few, tiny = args.short, load_policy(ModelConfig(name="tiny"))
     parts: dict[str, Callable[[], tuple[dict[str, Any], list[Bar]]]] = {
-        "throughput": lambda: throughput(tiny, 2, [(4, 4)]) if few else throughput(tiny, 60, [(4, 4), (8, 8)]),
+        "throughput": lambda: throughput(tiny, [(4, 4, 2)] if few else [(4, 4, 40), (8, 8, 12)], clock),
         "discarded": lambda: discarded(tiny, 12 if few else 200),
-        "overhead": lambda: overhead(tiny, 10 if few else 200),
-        "own": lambda: own(1 if few else 8),
-        "learning": lambda: learning(1 if few else 5, 20 if few else 600),
+        "overhead": lambda: overhead(tiny, 10 if few else 100, clock),
+        "own": lambda: own(1 if few else 4, clock),
+        "learning": lambda: learning(range(1 if few else 5), 20 if few else 100, clock),
     }
     figures: dict[str, Any] = {}
     bars: list[Bar] = []
@@ -385,7 +335,7 @@ def main() -> None:
         figures[name], found = parts[name]()
         bars += found
         print(f"{name}: {time.monotonic() - begin:.0f} s", file=sys.stderr, flush=True)
-    report(figures, bars)
+    report(figures | {"seconds": "of the CPU, one thread" if args.cpu_time else "wall time"}, bars)
 
 
 if __name__ == "__main__":
