@@ -6,7 +6,7 @@ said after them.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -107,8 +107,11 @@ class Drafter(ABC):
     name: ClassVar[str]
     num_states: ClassVar[int] = 0  # the most states of a prompt that it wants to see; 0: `saw` need not be called
 
-    def saw(self, seen: Iterable[Seen], states: Any) -> None:
-        """Take what a forward pass of the policy said. states: tensor [num_rows, hidden], not to be changed."""
+    def saw(self, seen: Callable[[], Iterable[Seen]], states: Any) -> None:
+        """Take what a forward pass of the policy said. states: tensor [num_rows, hidden], not to be changed.
+
+        seen: says of what the states are; most passes are never asked.
+        """
         return
 
     def can_draft(self, states: Sequence[SequenceState]) -> bool:

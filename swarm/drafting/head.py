@@ -73,12 +73,26 @@ class _TorchLayer(LlamaRunner):
         return self._decode(tokens, new.positions, attend, chosen[new.slots])
 
 
-@dataclass(slots=True)
 class _Pass:
     """States of one forward pass of the policy."""
 
-    states: Tensor  # [num_rows, hidden]
-    places: dict[int, Seen]  # by request id
+    __slots__ = ("_gone", "_places", "_seen", "states")
+
+    def __init__(self, seen: Callable[[], Iterable[Seen]], states: Tensor) -> None:
+        self.states = states  # [num_rows, hidden]
+        self._seen = seen
+        self._places: dict[int, Seen] | None = None  # by request id; None: nobody has asked yet
+        self._gone: set[int] = set()
+
+    def place(self, request_id: int) -> Seen | None:
+        """Return where a sequence's states are."""
+        if self._places is None:
+            self._places = {one.request_id: one for one in self._seen()}
+        return None if request_id in self._gone else self._places.get(request_id)
+
+    def forget(self, request_id: int) -> None:
+        """The sequence has ended, and its number may be used again."""
+        self._gone.add(request_id)
 
 
 @dataclass(slots=True)
@@ -144,20 +158,20 @@ class HeadDrafter(Drafter):
         else:
             self._runner.load(state)
 
-    def saw(self, seen: Iterable[Seen], states: Tensor) -> None:
+    def saw(self, seen: Callable[[], Iterable[Seen]], states: Tensor) -> None:
         """See Drafter."""
-        self._seen.append(_Pass(states, {one.request_id: one for one in seen}))
+        self._seen.append(_Pass(seen, states))
 
     def can_draft(self, states: Sequence[SequenceState]) -> bool:
         """Whether the last state of any sequence is known; else a pass without drafts has to bring it."""
         return any(self._find(state, len(state.tokens) - 2) is not None for state in states)
 
-    def _find(self, state: SequenceState, position: int) -> tuple[_Pass, int] | None:
-        """Return where the state after the token of a position is."""
+    def _find(self, state: SequenceState, position: int) -> tuple[Tensor, Seen] | None:
+        """Return the pass that has the state after the token of a position, and where the sequence's states are."""
         for seen in reversed(self._seen):
-            place = seen.places.get(state.request_id)
+            place = seen.place(state.request_id)
             if place is not None and place.first <= position < place.first + place.num:
-                return seen, place.row + position - place.first
+                return seen.states, place
         return None
 
     @torch.inference_mode()
@@ -227,11 +241,11 @@ class HeadDrafter(Drafter):
             rows: list[Tensor] = []
             position = end - 1
             least = max(begin if begin < end else 0, end - CONTEXT_TOKENS)
-            while position >= least and (place := self._find(state, position)) is not None:
-                seen, row = place
-                first = max(least, seen.places[state.request_id].first)
-                num = position - first + 1
-                rows.append(seen.states[row - num + 1 : row + 1])
+            while position >= least and (found := self._find(state, position)) is not None:
+                shown, place = found
+                first = max(least, place.first)
+                row = place.row + first - place.first
+                rows.append(shown[row : row + position - first + 1])
                 position = first - 1
             if not rows:
                 continue
@@ -298,7 +312,7 @@ class HeadDrafter(Drafter):
         if cached is not None:
             self._holders[cached.slot] = None
         for seen in self._seen:
-            seen.places.pop(state.request_id, None)
+            seen.forget(state.request_id)
 
     def policy_changed(self, version: int, weights: Mapping[str, Any] | None = None) -> None:
         """Take new weights. States of the old policy are forgotten: every sequence is prefilled again."""

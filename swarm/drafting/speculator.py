@@ -5,7 +5,7 @@ Nothing is done for a step that is decoded plainly: sequences are caught up with
 """
 
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,7 +77,7 @@ class Speculator:
             self._states[request_id] = state
         return state
 
-    def saw(self, seen: Collection[Seen], states: Any) -> None:
+    def saw(self, seen: Callable[[], Iterable[Seen]], states: Any) -> None:
         """Hand the policy's states to the drafters that want them; see Drafter."""
         for drafter in self.drafters.values():
             if drafter.num_states:

@@ -156,9 +156,13 @@ class TorchEngine(Engine):
     def _show(self, firsts: Sequence[int], counts: Sequence[int], hidden: torch.Tensor) -> None:
         """Hand states to drafters that want them: `counts` of each slot, one after another, from `firsts` on."""
         if self.speculator is not None and self.speculator.num_states:
-            rows = (np.cumsum(counts) - counts).tolist()
             ids = [running.request.request_id for running in self._slots]
-            self.speculator.saw([Seen(*one) for one in zip(ids, firsts, rows, counts, strict=True)], hidden)
+
+            def seen() -> list[Seen]:
+                rows = (np.cumsum(counts) - counts).tolist()
+                return [Seen(*one) for one in zip(ids, firsts, rows, counts, strict=True)]
+
+            self.speculator.saw(seen, hidden)
 
     def _decode_drafts(
         self, states: Sequence[SequenceState], drafts: Sequence[Sequence[int]]
@@ -234,14 +238,12 @@ class TorchEngine(Engine):
         nums = [max(num, min(speculator.num_states, len(one))) for num, one in zip(num_drawn, sequences, strict=True)]
         hidden = self._runner.prefill(sequences, slots, nums)
         ends = np.cumsum(nums).tolist()
-        speculator.saw(
-            [
-                Seen(running.request.request_id, len(sequence) - num, end - num, num)
-                for sequence, group, num, end in zip(sequences, groups, nums, ends, strict=True)
-                for running in group
-            ],
-            hidden,
-        )
+        seen = [
+            Seen(running.request.request_id, len(sequence) - num, end - num, num)
+            for sequence, group, num, end in zip(sequences, groups, nums, ends, strict=True)
+            for running in group
+        ]
+        speculator.saw(lambda: seen, hidden)
         drawn = np.concatenate([np.arange(end - num, end) for num, end in zip(num_drawn, ends, strict=True)])
         return hidden[torch.from_numpy(drawn).to(hidden.device)]
 

@@ -135,15 +135,15 @@ def test_what_is_drafted_is_what_the_network_says(layer):
     state = SequenceState(7, tokens[:4], Drawing(5, 0.0, 0, 1.0))
     state.room = 50
     drafter._kept[:] = drafter._tried[:]  # sure of everything: no draft ends early
-    drafter.saw([Seen(7, 0, 0, 4)], states[:4])
+    drafter.saw(lambda: [Seen(7, 0, 0, 4)], states[:4])
     state.append(tokens[4:5])
     first = drafter.propose([state], 4, 16)
     assert first == [expected(tokens[:5], states[:4], 4)]
-    drafter.saw([Seen(7, 4, 1, 3)], torch.cat([states[:1], states[4:7], states[:2]]))  # two were kept
+    drafter.saw(lambda: [Seen(7, 4, 1, 3)], torch.cat([states[:1], states[4:7], states[:2]]))  # two were kept
     state.append(tokens[5:8])
     assert drafter.propose([state], 3, 16) == [expected(tokens[:8], states[:7], 3)]
-    drafter.saw([Seen(7, 7, 0, 1)], states[7:8])
-    drafter.saw([Seen(7, 8, 0, 1)], states[8:9])
+    drafter.saw(lambda: [Seen(7, 7, 0, 1)], states[7:8])
+    drafter.saw(lambda: [Seen(7, 8, 0, 1)], states[8:9])
     state.append(tokens[8:10])
     assert drafter.propose([state], 3, 16) == [expected(tokens[:10], states[:9], 3)]
     assert drafter.can_draft([state])
@@ -247,7 +247,7 @@ def test_drafts_are_made_of_frequent_tokens(monkeypatch):
     drafter = drafter_of(learner, policy)
     state = SequenceState(1, (1, 2), Drawing(5, 1.0, 0, 1.0))
     state.room = 9
-    drafter.saw([Seen(1, 0, 0, 2)], states_of(policy, (1, 2)))
+    drafter.saw(lambda: [Seen(1, 0, 0, 2)], states_of(policy, (1, 2)))
     state.append([3])
     [draft] = drafter.propose([state], 6, 6)
     assert draft
