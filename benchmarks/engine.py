@@ -1,6 +1,7 @@
-"""Tokens per second of our engine against transformers and OpenVINO GenAI, and the distance to the roofline.
+"""Tokens per second of our engine against vLLM, transformers and OpenVINO GenAI, and the distance to the roofline.
 
-    python benchmarks/engine.py [--models tiny smollm2-135m] [--skip-peers] [--openvino-env FOLDER] [--smoke]
+    python benchmarks/engine.py [--models tiny smollm2-135m] [--engines torch,vllm,transformers,openvino]
+                                [--openvino-env FOLDER] [--smoke]
 
 All sides get the same weights and the same requests: prompts of one length, no two alike as far as 100 sums of
 two digits go, sampled at temperature 1, EOS ignored, so that each completion has exactly its length (cut where
@@ -11,6 +12,7 @@ the model takes no longer sequence). Only tokens that a request asked for count.
   request) is timed from the first request added to the last result, without making its cache.
 - *equal*: completions of one length on smollm2-135m in bf16, by the number of requests.
 
+vLLM is the vLLM engine of this project, where one is installed that runs here: what a node gets that uses it.
 OpenVINO GenAI runs in an environment of its own, with `../shared/peers/openvino_engine.py`, which asks one
 prompt many times; it is left out where either is missing. It reads the same GGUF file and keeps its 4-bit weights.
 
@@ -42,6 +44,8 @@ OPENVINO_SCRIPT = REPOSITORY.parent / "shared" / "peers" / "openvino_engine.py"
 OPENVINO_NOTE = "4-bit weights of the same GGUF file, against our bf16; cannot take new weights without a reload"
 PEER_TIME_LIMIT_S = 300.0
 GENERATE, CONTINUOUS, OPENVINO = "transformers.generate", "transformers continuous batching", "OpenVINO GenAI"
+VLLM = "vLLM"
+ENGINES = ("torch", "vllm", "transformers", "openvino")
 
 
 @dataclass(frozen=True)
@@ -113,17 +117,23 @@ def limits(shape: Shape, workload: Workload, gb_per_s: float, gflop_per_s: float
 class Sides:
     """One model on every engine. Each side takes a workload and a seed and returns the seconds that it took."""
 
-    def __init__(self, policy: Any, max_seq_len: int, max_slots: int) -> None:
+    def __init__(self, policy: Any, max_seq_len: int, max_slots: int, *, with_vllm: bool) -> None:
         from swarm.config import EngineConfig
         from swarm.engine.torch import TorchEngine
+        from swarm.engine.vllm import VllmEngine
 
         self.policy = policy
         self.model = policy.model
-        self._engine = TorchEngine(
-            policy.model,
-            eos_token_ids=policy.eos_token_ids,
-            config=EngineConfig(max_slots=max_slots),
-            max_seq_len=max_seq_len,
+        self._engine, self._vllm = (
+            kind(
+                policy.model,
+                eos_token_ids=policy.eos_token_ids,
+                config=EngineConfig(max_slots=max_slots),
+                max_seq_len=max_seq_len,
+            )
+            if is_wanted
+            else None
+            for kind, is_wanted in ((TorchEngine, True), (VllmEngine, with_vllm))
         )
         settings = copy.deepcopy(policy.model.generation_config)
         settings.update(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, eos_token_id=None, pad_token_id=0)
@@ -132,8 +142,16 @@ class Sides:
 
     def close(self) -> None:
         self._engine.close()
+        if self._vllm is not None:
+            self._vllm.close()
 
     def ours(self, workload: Workload, seed: int) -> float:
+        return self._generate(self._engine, workload, seed)
+
+    def vllm(self, workload: Workload, seed: int) -> float:
+        return self._generate(self._vllm, workload, seed)
+
+    def _generate(self, engine: Any, workload: Workload, seed: int) -> float:
         from swarm.engine.base import Request, SamplingParams
 
         requests = [
@@ -141,7 +159,7 @@ class Sides:
             for index, (prompt, length) in enumerate(zip(workload.prompts, workload.lengths, strict=True))
         ]
         start = time.perf_counter()
-        completions = self._engine.generate(requests)
+        completions = engine.generate(requests)
         seconds = time.perf_counter() - start
         check_lengths([len(completion.token_ids) for completion in completions], workload.lengths)
         return seconds
@@ -272,11 +290,13 @@ def measure_model(name: str, args: argparse.Namespace, openvino: Any) -> tuple[d
     equal = {n: make_workload(policy, n, [args.tokens]) for n in (args.batches if is_real else [])}
     workloads = [mixed, *equal.values()]
     max_seq_len = max(w.prompt_len + max(w.lengths) for w in workloads)
-    sides = Sides(policy, max_seq_len, max(len(w.lengths) for w in workloads))
+    sides = Sides(policy, max_seq_len, max(len(w.lengths) for w in workloads), with_vllm="vllm" in args.engines)
     shape, figures, limited = Shape.of(policy.model), {"dtype": DTYPES[name]}, []
     try:
         everyone: dict[str, Any] = {"ours": sides.ours}
-        if not args.skip_peers:
+        if "vllm" in args.engines:
+            everyone[VLLM] = sides.vllm
+        if "transformers" in args.engines:
             everyone |= {GENERATE: sides.generate, CONTINUOUS: sides.continuous}
         for side in everyone.values():
             side(make_workload(policy, args.requests, [4]), 0)
@@ -287,8 +307,8 @@ def measure_model(name: str, args: argparse.Namespace, openvino: Any) -> tuple[d
         everyone.pop(CONTINUOUS, None)
         for num_requests, workload in equal.items():
             short = make_workload(policy, num_requests, [4])
-            for side in (sides.ours, *([] if args.skip_peers else [sides.generate])):
-                side(short, 0)
+            for side in (name for name in everyone if name != OPENVINO):
+                everyone[side](short, 0)
             key = f"equal_{num_requests}"
             figures[key] = take_turns(f"{name} {num_requests} equal", everyone, workload, args.repeats)
             limited.append((figures[key], workload, shape))
@@ -322,6 +342,13 @@ def make_bars(figures: dict[str, Any]) -> list[Bar]:
     for side, target in ((GENERATE, 5.0), (CONTINUOUS, 1.5)):
         for model in DTYPES:
             bars.append(Bar(f"{model}, mixed lengths, against {side}", ratio(model, "mixed", side), target))
+    for num_requests in (32, 64):
+        generate, vllm = (ratio(REAL_MODEL, f"equal_{num_requests}", side) for side in (GENERATE, VLLM))
+        value = None if generate is None or vllm is None else round(generate / vllm, 2)
+        bars.append(Bar(f"{REAL_MODEL}, {num_requests} of equal length, vLLM against {GENERATE}", value, 1.5))
+    for num_requests in (1, 8, 32, 64):
+        value = ratio(REAL_MODEL, f"equal_{num_requests}", VLLM)
+        bars.append(Bar(f"{REAL_MODEL}, {num_requests} of equal length, against {VLLM}", value, 1.5))
     for side, targets in ((GENERATE, {1: 3.0, 32: 4.0}), (OPENVINO, {1: 0.8, 8: 0.8, 32: 0.8, 64: 0.8})):
         for num_requests, target in targets.items():
             value = ratio(REAL_MODEL, f"equal_{num_requests}", side)
@@ -341,9 +368,14 @@ def parse_arguments() -> argparse.Namespace:
             raise ValueError
         return found
 
+    def engines(text: str) -> list[str]:
+        if not set(found := text.split(",")) <= set(ENGINES) or "torch" not in found:
+            raise ValueError
+        return found
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=list(DTYPES), default=list(DTYPES))
-    parser.add_argument("--skip-peers", action="store_true", help="ours alone")
+    parser.add_argument("--engines", type=engines, help="some of " + ",".join(ENGINES) + "; default: all that are here")
     parser.add_argument("--openvino-env", type=Path, default=REPOSITORY.parent / "openvino-env")
     parser.add_argument("--requests", type=int, default=32, help="of mixed lengths")
     parser.add_argument("--lengths", type=at_least_two, default=[16, 16, 16, 16, 32, 32, 64, 256])
@@ -361,10 +393,23 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
+def no_vllm() -> str | None:
+    """Return why vLLM cannot run on this machine's CPU; None where it can."""
+    import torch
+
+    from swarm.devices import look_at
+    from swarm.engine.vllm.installed import find_vllm, why_not
+
+    return why_not(find_vllm(), look_at(torch.device("cpu")))
+
+
 def main() -> None:
     """Measure what was asked for and report it."""
     args = parse_arguments()
-    openvino = None if args.skip_peers else openvino_side(args.openvino_env)
+    args.engines = args.engines or [name for name in ENGINES if name != "vllm" or no_vllm() is None]
+    if "vllm" in args.engines and (problem := no_vllm()) is not None:
+        raise SystemExit(f"error: {problem}")
+    openvino = openvino_side(args.openvino_env) if "openvino" in args.engines else None
     figures: dict[str, Any] = {"statistic": "best of the repeats", "temperature": 1.0}
     figures["openvino_note"] = OPENVINO_NOTE
     if openvino is None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from node.config import RunConfig
@@ -50,7 +51,7 @@ def examine(config: RunConfig, *, as_json: bool) -> int:
     else:
         table = Table.grid(padding=(0, 2))
         for check in checks:
-            table.add_row(f"[{_STYLES[check.status]}]{check.status}[/]", check.name, check.detail)
+            table.add_row(f"[{_STYLES[check.status]}]{check.status}[/]", check.name, escape(check.detail))
         console = Console()
         console.print(table)
         verdict = f"cannot run here: {', '.join(failed)}" if failed else "a node can run here"

@@ -25,12 +25,14 @@ _SETTINGS = [
 _RUN = [
     click.option("--rounds", type=int, metavar="N", help="Rounds until the run is finished."),
     click.option("--seed", type=int, metavar="N", help="Fixes everything random.  [0]"),
+    click.option("--engine", type=click.Choice(["auto", "torch", "vllm"]), help="What writes rollouts.  [auto]"),
     click.option("--run-dir", type=click.Path(path_type=Path), help="Where the run is kept.  [runs/MODEL-TIME]"),
     click.option("--resume", is_flag=True, help="Go on with the run in --run-dir, or with the newest in runs/."),
     click.option("--json", "as_json", is_flag=True, help="Print one JSON object a round on stdout."),
 ]
 _FLAG_OF = {
     "model.name": "--model",
+    "engine.backend": "--engine",
     "tasks.sources": "--tasks",
     "evaluation.num_items": "--items",
     "sapo.num_local": "--num-local",

@@ -74,7 +74,7 @@ def test_the_doctor_finds_this_machine_fit(workplace):
     report = json.loads(done.stdout)
     assert done.returncode == 0, report
     assert report["can_run"]
-    names = "python torch device bf16 threads memory disk model speed sandbox scorer"
+    names = "python torch device engine bf16 threads memory disk model speed sandbox scorer"
     assert [check["name"] for check in report["checks"]] == names.split()
     assert workplace.run("doctor", "--model", "no/such", "--tasks", "questions.jsonl").returncode == 1
 

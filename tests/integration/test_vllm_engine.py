@@ -131,6 +131,23 @@ def test_a_weight_that_is_not_loaded_is_loud():
 
 
 @pytest.mark.soak
+def test_a_cache_that_is_too_small_for_all_changes_nothing():
+    """vLLM then takes requests out of the batch and computes them anew: their noise goes on where it was."""
+    model = random_model(0, torch.float32)
+    requests = [
+        Request(index, tuple((7 * index + 3 * place) % 203 for place in range(100)), index, SamplingParams(280))
+        for index in range(6)
+    ]
+    written = []
+    for kv_cache_mb in (0, 2):
+        config = EngineConfig(max_slots=6, kv_cache_mb=kv_cache_mb)
+        engine = VllmEngine(model, eos_token_ids=(), config=config, max_seq_len=400)
+        written.append([one.token_ids for one in engine.generate(requests)])
+        engine.close()
+    assert written[0] == written[1]
+
+
+@pytest.mark.soak
 def test_two_hundred_loads_of_a_real_model_do_not_grow_and_take_less_than_a_second():
     policy = load_policy(ModelConfig(name="smollm2-135m"))
     engine = VllmEngine(

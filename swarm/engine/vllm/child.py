@@ -36,7 +36,6 @@ class ChildConfig(TypedDict):
     max_seq_len: int
     max_slots: int
     kv_cache_bytes: int
-    num_gpus: int
     num_threads: int
     weights_fd: int  # inherited; see `SharedWeights`
     places: list[list[Any]]  # fields of WeightPlace
@@ -97,7 +96,6 @@ class _Driven:
                 max_num_seqs=config["max_slots"],
                 max_num_batched_tokens=max(_PREFILL_TOKENS, config["max_seq_len"]),
                 kv_cache_memory_bytes=config["kv_cache_bytes"],
-                tensor_parallel_size=config["num_gpus"],
                 enable_prefix_caching=True,
                 async_scheduling=False,
                 # compiling costs minutes on a CPU; on a GPU vLLM records its steps as graphs
@@ -110,7 +108,7 @@ class _Driven:
             )
         )
         self._engine.collective_rpc("draw_by_counter")
-        info = {"pid": os.getpid(), "fd": config["weights_fd"], "places": config["places"]}
+        info = {"fd": config["weights_fd"], "places": config["places"]}
         self._engine.collective_rpc("init_weight_transfer_engine", args=(info,))
         self._held: set[str] = set()
 

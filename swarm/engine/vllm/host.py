@@ -46,7 +46,6 @@ class VllmHost:
         max_slots: int,
         max_seq_len: int,
         kv_cache_bytes: int,
-        num_gpus: int = 1,
     ) -> None:
         """Start the process and give it the weights of `model`. Raises EngineFailed where vLLM does not start."""
         state = model.state_dict()
@@ -83,7 +82,6 @@ class VllmHost:
             max_seq_len=max_seq_len,
             max_slots=max_slots,
             kv_cache_bytes=kv_cache_bytes,
-            num_gpus=num_gpus,
             num_threads=torch.get_num_threads(),
             weights_fd=self._weights.fd,
             places=[[each.name, each.dtype, list(each.shape), each.offset_bytes] for each in self._weights.places],

@@ -7,7 +7,6 @@ that a completion is the same tokens as from the torch engine, whatever shares t
 receives new weights: here from memory that this process shares with the node.
 """
 
-import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,10 +99,9 @@ class CounterSampler(Sampler):
 
 @dataclass
 class SharedInitInfo(WeightTransferInitInfo):
-    """Where the shared memory is: a file that a process has open."""
+    """Where the shared memory is."""
 
-    pid: int
-    fd: int
+    fd: int  # this process has it open
     places: list[list[Any]]  # fields of WeightPlace
 
 
@@ -121,9 +119,7 @@ class SharedWeightTransfer(WeightTransferEngine[SharedInitInfo, SharedUpdateInfo
     def init_transfer_engine(self, init_info: SharedInitInfo) -> None:
         """Map the memory."""
         places = (WeightPlace(name, dtype, tuple(shape), at) for name, dtype, shape, at in init_info.places)
-        is_here = init_info.pid == os.getpid()
-        fd = os.dup(init_info.fd) if is_here else os.open(f"/proc/{init_info.pid}/fd/{init_info.fd}", os.O_RDWR)
-        self._weights = SharedWeights(fd, tuple(places))
+        self._weights = SharedWeights(init_info.fd, tuple(places))
 
     def start_weight_update(self) -> None:
         """Bring the model's layers back to the shapes of a checkpoint."""
