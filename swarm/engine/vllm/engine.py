@@ -22,7 +22,7 @@ from swarm.types import Completion, FinishReason, Segment
 
 __all__ = ["VllmEngine"]
 
-_STEP_COST_TOKENS = 40.0  # measured on two cores with `smollm2-135m`; see `benchmarks/engine.py`
+_STEP_COST_TOKENS = 40.0  # not measured yet: a guess from the torch engine's 13 and the messages of a step
 
 
 @dataclass(slots=True)
