@@ -320,7 +320,7 @@ def main() -> None:
         torch.set_num_threads(1)
     few, tiny = args.short, load_policy(ModelConfig(name="tiny"))
     parts: dict[str, Callable[[], tuple[dict[str, Any], list[Bar]]]] = {
-        "throughput": lambda: throughput(tiny, [(4, 4, 2)] if few else [(4, 4, 40), (8, 8, 12)], clock),
+        "throughput": lambda: throughput(tiny, [(4, 4, 2)] if few else [(2, 4, 40), (4, 4, 40), (8, 8, 12)], clock),
         "discarded": lambda: discarded(tiny, 12 if few else 200),
         "overhead": lambda: overhead(tiny, 10 if few else 100, clock),
         "own": lambda: own(1 if few else 4, clock),
