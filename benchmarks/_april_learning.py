@@ -139,7 +139,8 @@ def _seed(
         ends = [0.0, *accumulate(one.round_s)][:: num_rounds // _NUM_EVALUATIONS]
         one.lengths.sort()
         found[name] = {
-            "pass_at_1": curves[name], "weights_are_the_synchronous_ones": same[name], "seconds": [round(end, 3) for end in ends],
+            "pass_at_1": curves[name], "seconds": [round(end, 3) for end in ends],
+            "weights_are_the_synchronous_ones": same[name],
             "rollout_share_of_round": round(one.rollout_s / sum(one.round_s), 3),
             "length_p50": one.lengths[len(one.lengths) // 2], "length_p99": one.lengths[int(0.99 * len(one.lengths))],
             "length_longest": one.lengths[-1],
