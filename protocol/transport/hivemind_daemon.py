@@ -35,7 +35,7 @@ from protocol.transport.base import PeerUnreachable, TransportDown, TransportErr
 from protocol.transport.hivemind_settings import HivemindSettings
 from protocol.transport.peer_id import base58_decode
 
-__all__ = ["CallFilter", "Daemon", "start_daemon"]
+__all__ = ["CallFilter", "Daemon", "PendingCalls", "start_daemon"]
 
 # Where the kernel can: p2pd ends with the thread that started it, also where that is killed, and frees its ports.
 _DIE_WITH_PARENT = """
@@ -65,6 +65,18 @@ class CallFilter(Protocol):
 
     async def ask(self, name: str, request: Any, peer: bytes, call: Callable[[], Awaitable[Any]]) -> Any:
         """Return the peer's response to our request; `call` sends it."""
+
+
+class PendingCalls(dict[Any, "asyncio.Future[Any]"]):
+    """Unary calls that wait for p2pd, for hivemind's client, which gives an answer to any call that is `in` here.
+
+    A call that was cancelled a moment ago is not: its answer would end the client's one reader, and with it every
+    call of the DHT from then on.
+    """
+
+    def __contains__(self, call_id: object) -> bool:
+        future = self.get(call_id)
+        return future is not None and not future.done()
 
 
 class Daemon(P2P):  # type: ignore[misc]  # hivemind has no types
@@ -255,6 +267,7 @@ async def start_daemon(
         await _end_newest(kind, folder)
         raise
     key.unlink()
+    daemon._client.control._pending_calls = PendingCalls(daemon._client.control._pending_calls)
     return daemon
 
 
