@@ -151,7 +151,7 @@ class Daemon(P2P):  # type: ignore[misc]  # hivemind has no types
         """
         first, *rest = re.split(r"/p2p/([^/]*)", address)
         try:
-            encoded = Multiaddr(first).to_bytes()
+            encoded: bytes = Multiaddr(first).to_bytes()
             for peer, after in zip(rest[::2], rest[1::2], strict=True):
                 multihash = base58_decode(peer)
                 encoded += _P2P_CODE + bytes([len(multihash)]) + multihash
