@@ -266,9 +266,10 @@ class NativeRunner(ModelRunner):
     def copy_prefix(self, source: int, targets: Sequence[int], length: int) -> None:
         """Copy the start of one slot to others; see ModelRunner."""
         width = (length + -length % _LANES) * self._shape.head_dim  # keys lie in blocks of 16 positions
-        place, others = int(self._places[source]), self._places[torch.tensor(targets)]
+        places = self._places.tolist()
         for side in (self._tensors["keys"], self._tensors["values"]):
-            side[:, others, :, :width] = side[:, place : place + 1, :, :width]
+            for target in targets:
+                side[:, places[target], :, :width].copy_(side[:, places[source], :, :width])
 
     def move(self, source: int, target: int, length: int) -> None:
         """Exchange the places of two slots; see ModelRunner."""

@@ -39,6 +39,10 @@ SHAPES = {
         vocab_size=64, hidden_size=32, intermediate_size=64, num_attention_heads=2, num_key_value_heads=1,
         head_dim=256, **ENDS,
     ),
+    "one layer": lambda: LlamaConfig(
+        vocab_size=203, hidden_size=64, intermediate_size=48, num_attention_heads=2, num_key_value_heads=1,
+        **{**ENDS, "num_hidden_layers": 1},
+    ),
     "heads of 64": lambda: LlamaConfig(
         vocab_size=131, hidden_size=192, intermediate_size=96, num_attention_heads=3, num_key_value_heads=1, **ENDS
     ),
@@ -190,9 +194,10 @@ def test_what_sequences_begin_with_is_computed_once_and_has_the_same_bits(instru
 
 @needs_kernels
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", ["plain", "one layer"])
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 31, 48])
-def test_copied_and_moved_slots_go_on_alike(dtype, length):
-    model = model_of("plain", dtype)
+def test_copied_and_moved_slots_go_on_alike(dtype, shape, length):
+    model = model_of(shape, dtype)
     runner = NativeRunner(model, 5, 50)
     prompt, other = sequence(length, 203), sequence(length, 203, 1)
     runner.prefill([other, prompt], [0, 3])
