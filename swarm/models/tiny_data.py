@@ -66,7 +66,9 @@ def load_questions() -> list[Questions]:
     return loaded
 
 
-def build_tokenizer(questions: Sequence[Questions], num_texts: int = 5_000) -> PreTrainedTokenizerFast:
+def build_tokenizer(
+    questions: Sequence[Questions], num_texts: int = 5_000, max_vocab_size: int = MAX_VOCAB_SIZE
+) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE tokenizer whose merges cross words but never digits.
 
     The wording of a task, which every question repeats, becomes a token or two; digits and most letters of
@@ -81,7 +83,7 @@ def build_tokenizer(questions: Sequence[Questions], num_texts: int = 5_000) -> P
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=MAX_VOCAB_SIZE,
+        vocab_size=max_vocab_size,
         min_frequency=int(MIN_MERGE_SHARE * num_texts),
         special_tokens=[PAD_TOKEN, END_TOKEN, ANSWER_TOKEN],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
