@@ -1,4 +1,4 @@
-"""The figures of an experiment: reward per round, held-out pass@1, cumulative reward, and what each kind of node can do.
+"""The figures of an experiment: rewards, held-out pass@1, cumulative reward, and what each kind of node can do.
 
 Bands are over nodes and seeds.
 """
@@ -15,7 +15,7 @@ from node.experiment.record import UnitRecord
 __all__ = ["draw", "smoothed"]
 
 _BAND: Final = (0.1, 0.9)  # of nodes and seeds
-_WINDOWS: Final = 30  # of the smoothing, in a run
+_WINDOWS: Final = 12  # of the smoothing, in a run
 _MAX_BANDS: Final = 6  # with more arms, bands hide each other
 Curves = "np.ndarray[Any, np.dtype[np.float64]]"
 
