@@ -23,7 +23,7 @@ Curves = "np.ndarray[Any, np.dtype[np.float64]]"
 def draw(
     folder: Path, summary: dict[str, Any], results: dict[str, list[UnitRecord]], curves_of: Collection[str] = ()
 ) -> None:
-    """Write reward.png, heldout.png and cumulative.png; where nodes have different models, skills.png.
+    """Write reward.png, heldout.png and cumulative.png; where nodes of different models were evaluated, skills.png.
 
     `curves_of` are the arms whose curves are drawn over the rounds; empty: all.
     """
@@ -36,8 +36,8 @@ def draw(
     if any(node.heldout for units in shown.values() for unit in units for node in unit.nodes):
         _draw_heldout(folder / "heldout.png", about, shown)
     _draw_cumulative(folder / "cumulative.png", about, summary)
-    kinds = {node["model"] for arm in summary["arms"] for node in arm["nodes"]}
-    if len(kinds) > 1:
+    nodes = [node for arm in summary["arms"] for node in arm["nodes"]]
+    if len({node["model"] for node in nodes}) > 1 and any(node["heldout_after_by_source"] for node in nodes):
         _draw_skills(folder / "skills.png", about, summary)
 
 
