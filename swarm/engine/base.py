@@ -8,14 +8,24 @@ of its requests: the noise that draws a token depends on (request seed, position
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from swarm.types import Completion, Segment
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Engine", "EngineStats", "Request", "SamplingParams", "check_request", "joined_segments"]
+__all__ = [
+    "Engine",
+    "EngineStats",
+    "Request",
+    "SamplingParams",
+    "check_request",
+    "check_weights",
+    "joined_segments",
+    "sequence_limit",
+    "weight_shapes",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +164,32 @@ def check_request(request: Request, max_seq_len: int, vocab_size: int) -> None:
         raise ValueError(
             f"{name} resumes {len(partial.token_ids)} tokens with {len(partial.logprobs)} log-probabilities"
         )
+
+
+def sequence_limit(model: Any, wanted: int) -> int:
+    """Return how long prompt and completion may be, in tokens: what is wanted, or where that is 0 the model's limit.
+
+    Raises ValueError where neither says.
+    """
+    limit: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is None:
+        if not wanted:
+            raise ValueError(f"{type(model).__name__} names no limit of its own: max_seq_len must be given")
+        return wanted
+    return min(wanted or limit, limit)
+
+
+def weight_shapes(state: "Mapping[str, torch.Tensor]") -> dict[str, tuple[int, ...]]:
+    """Return the shape of every weight by its name."""
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+def check_weights(state: "Mapping[str, torch.Tensor]", shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise ValueError where a weight is missing or has another shape; see `Engine.load_policy`."""
+    given = weight_shapes(state)
+    for name, shape in shapes.items():
+        if given.get(name) != shape:
+            raise ValueError(f"the policy's {name} should have shape {shape}, not {given.get(name)}")
 
 
 def joined_segments(segments: tuple[Segment, ...], new: Segment) -> tuple[Segment, ...]:

@@ -242,7 +242,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Give a test of engines each of them in turn; those marked `drafts` only such as verify them."""
-    if not metafunc.module.__name__.startswith("test_engine"):
+    if not metafunc.module.__name__.rpartition(".")[2].startswith("test_engine"):
         return
     for name, kinds in KINDS.items():
         if name in metafunc.fixturenames:

@@ -19,7 +19,15 @@ import torch
 from swarm.config import EngineConfig
 from swarm.drafting.base import Seen, SequenceState
 from swarm.drafting.speculator import Speculator, make_speculator
-from swarm.engine.base import Engine, EngineStats, Request, check_request
+from swarm.engine.base import (
+    Engine,
+    EngineStats,
+    Request,
+    check_request,
+    check_weights,
+    sequence_limit,
+    weight_shapes,
+)
 from swarm.engine.torch.generic import GenericRunner
 from swarm.engine.torch.graphs import DecodeStep
 from swarm.engine.torch.llama import LlamaRunner
@@ -62,11 +70,7 @@ class TorchEngine(Engine):
         kind = next((kind for kind in kinds if kind.supports(model)), None)
         if kind is None:
             raise ValueError(f"the chosen runner cannot run {type(model).__name__}")
-        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        capacity = max_seq_len or config.max_seq_len or limit
-        if capacity is None:
-            raise ValueError(f"{type(model).__name__} names no limit of its own: max_seq_len must be given")
-        self.max_seq_len = min(capacity, limit or capacity)
+        self.max_seq_len = sequence_limit(model, max_seq_len or config.max_seq_len)
         with torch.inference_mode():
             self._runner: ModelRunner = kind(model, config.max_slots, self.max_seq_len)
             self._slots = Slots(config.max_slots, self.max_seq_len, sorted(eos_token_ids))
@@ -77,7 +81,7 @@ class TorchEngine(Engine):
                 self.step_cost_tokens = _CPU_STEP_COST_TOKENS
         self.speculator = speculator or make_speculator(config.speculation)
         self._waiting: deque[Running] = deque()
-        self._shapes = _shapes(model.state_dict())
+        self._shapes = weight_shapes(model.state_dict())
         self._version = 0
         self.stats = EngineStats()
 
@@ -349,10 +353,7 @@ class TorchEngine(Engine):
 
         Raises ValueError where a weight is missing or has another shape; the old weights then stay.
         """
-        given = _shapes(state)
-        for name, shape in self._shapes.items():
-            if given.get(name) != shape:
-                raise ValueError(f"the policy's {name} should have shape {shape}, not {given.get(name)}")
+        check_weights(state, self._shapes)
         interrupted = []
         for running in list(self._slots):
             interrupted.append(running.resumed(self._slots.completion(running, "aborted")))
@@ -370,8 +371,3 @@ class TorchEngine(Engine):
         self.__dict__.pop("_decode_step", None)
         self.__dict__.pop("_runner", None)
         self.__dict__.pop("_slots", None)
-
-
-def _shapes(state: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every weight by its name."""
-    return {name: tuple(tensor.shape) for name, tensor in state.items()}

@@ -15,7 +15,16 @@ from typing import Any
 import torch
 
 from swarm.config import EngineConfig
-from swarm.engine.base import Engine, EngineStats, Request, check_request, joined_segments
+from swarm.engine.base import (
+    Engine,
+    EngineStats,
+    Request,
+    check_request,
+    check_weights,
+    joined_segments,
+    sequence_limit,
+    weight_shapes,
+)
 from swarm.engine.vllm.host import VllmHost
 from swarm.engine.vllm.memory import kv_cache_bytes
 from swarm.types import Completion, FinishReason, Segment
@@ -95,17 +104,12 @@ class VllmEngine(Engine):
 
         host: an engine process that has the weights of `model` already; None: one of its own.
         """
-        text = model.config.get_text_config()
-        limit = getattr(text, "max_position_embeddings", None)
-        capacity = max_seq_len or config.max_seq_len or limit
-        if capacity is None:
-            raise ValueError(f"{type(model).__name__} names no limit of its own: max_seq_len must be given")
-        self.max_seq_len = min(capacity, limit or capacity)
+        self.max_seq_len = sequence_limit(model, max_seq_len or config.max_seq_len)
         self.step_cost_tokens = _STEP_COST_TOKENS
-        self._vocab_size = text.vocab_size
+        self._vocab_size = model.config.get_text_config().vocab_size
         self._eos_token_ids = sorted(eos_token_ids)
         self._max_slots = config.max_slots
-        self._shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        self._shapes = weight_shapes(model.state_dict())
         self._host = host or VllmHost(
             model,
             max_slots=config.max_slots,
@@ -175,10 +179,7 @@ class VllmEngine(Engine):
 
     def load_policy(self, state: Mapping[str, torch.Tensor], version: int) -> None:
         """Take new weights; see Engine. Running requests are prefilled again under them."""
-        given = {name: tuple(tensor.shape) for name, tensor in state.items()}
-        for name, shape in self._shapes.items():
-            if given.get(name) != shape:
-                raise ValueError(f"the policy's {name} should have shape {shape}, not {given.get(name)}")
+        check_weights(state, self._shapes)
         self._take_back()
         self._host.load(state)
         self._version = version
