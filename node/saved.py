@@ -56,7 +56,7 @@ def export_policy(folder: RunFolder, target: Path) -> None:
 
 
 def export_drafter(folder: RunFolder, target: Path) -> None:
-    """Write a run's learned drafter to a folder that vLLM loads as an EAGLE drafter of the run's policy."""
+    """Write a run's learned drafter to a folder, in the names and the shape of vLLM's EAGLE drafters."""
     from swarm.drafting.head_export import export_head
     from swarm.drafting.learner import HeadLearner
 

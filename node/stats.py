@@ -119,7 +119,8 @@ def _add_training(table: Table, training: Mapping[str, Any]) -> None:
             f"saved {rollouts['saved_s']:.3f} s a round   ({last})",
         )
     if (drafted := training.get("drafts")) is not None:
-        table.add_row("drafts", f"{drafts_view(drafted)} a round   ({last})")
+        each = " a round" if drafted["draft_saved_s"] is not None else ""  # what was saved comes last
+        table.add_row("drafts", f"{drafts_view(drafted)}{each}   ({last})")
     if training["pass_at_1_heldout"] is not None:
         table.add_row("held-out pass@1", f"{training['pass_at_1_heldout']:.3f}")
     if training["external_share"] is not None and training["num_external_wanted"]:
