@@ -12,6 +12,7 @@ Nothing here waits for a peer: without any, `sample` returns nothing, and the no
 """
 
 import asyncio
+import contextlib
 import random
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
@@ -33,7 +34,7 @@ from protocol.identity import Identity
 from protocol.limits import MAX_BATCH_BYTES, MAX_FRAMES
 from protocol.local import Local
 from protocol.messages import SharedGroup
-from protocol.neighbours import Neighbours
+from protocol.neighbours import Neighbour, Neighbours
 from protocol.own_record import OwnRecord
 from protocol.pool import Pool, Weight
 from protocol.pulling import Pulling
@@ -53,6 +54,7 @@ __all__ = ["ExternalGroup", "Member", "NodeAbout", "Rescore", "Rescored"]
 
 MIN_POOL_GROUPS = 16
 RATE_S = 300.0  # over which the rate of published completions is taken
+NEWS_S = 1.0  # after a link, within which others that come are saved with it
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +134,8 @@ class Member:
         self._sequence = 0
         self._published: deque[tuple[float, int]] = deque(maxlen=4096)  # (when, completions)
         self._saving: asyncio.Future[None] | None = None  # the last write that the thread was given
+        self._num_links_saved, self._save_soon = 0, asyncio.Event()
+        self.neighbours.on_link.append(self._note_link)
         self._closed = False
 
     @property
@@ -266,10 +270,20 @@ class Member:
     async def _save_loop(self, path: Path) -> None:
         """Save what is remembered. Waits for its turn; ends with the member, or where the file cannot be written."""
         while True:
-            await asyncio.sleep(self.config.save_s)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self.config.save_s):
+                    await self._save_soon.wait()
+                    await asyncio.sleep(NEWS_S)
+            self._save_soon.clear()
+            self._num_links_saved = len(self.neighbours.ids)
             write = asyncio.to_thread(write_state, path, self.config.swarm_id, self._state(closed=False))
             self._saving = asyncio.ensure_future(write)
             await asyncio.shield(self._saving)
+
+    def _note_link(self, _: Neighbour) -> None:
+        """Have the first peers saved at once: a node that is killed before must not come back to wait for theirs."""
+        if self._num_links_saved < self.config.num_outbound:
+            self._save_soon.set()
 
     def _state(self, *, closed: bool) -> dict[str, Any]:
         return {

@@ -330,6 +330,25 @@ def test_a_node_that_is_killed_again_and_again_takes_no_number_twice(tmp_path):
     simulate(main())
 
 
+def test_a_node_that_is_killed_right_after_its_first_links_comes_back_to_them(tmp_path):
+    async def main() -> None:
+        swarm, path = Swarm(), tmp_path / "swarm.state"
+        node = await swarm.add(state_path=path, save_s=3600)
+        await asyncio.sleep(20)  # as a bootstrap waits for the first that comes
+        others = {(await swarm.add(peers=(node.address,))).member.node_id for _ in range(2)}
+        await asyncio.sleep(5)
+        identity, saved = node.member.local.identity, path.read_bytes()
+        await swarm.remove(node, kill=True)
+        path.write_bytes(saved)  # what a kill would have left
+        swarm.network.revive(identity.node_id)
+        again = await swarm.add(identity=identity, peers=(), state_path=path, save_s=3600)
+        await asyncio.sleep(3)  # the others have not tried to find it again by then
+        assert set(again.member.neighbours.ids) == others
+        await swarm.close()
+
+    simulate(main())
+
+
 def test_a_verifier_with_a_bug_stops_its_node_and_no_other():
     async def main() -> None:
         async def buggy(group: object) -> Any:
