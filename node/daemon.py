@@ -30,6 +30,7 @@ from node.recorder import RoundKeeper
 from protocol.messages import TaskRef
 from swarm import sapo
 from swarm.broad import ask_again
+from swarm.config import SapoConfig
 from swarm.evaluation import Evaluation, evaluate
 from swarm.rollout.allocation import later_spans
 from swarm.swing import Swing
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 __all__ = ["MOVING_AVERAGE_ROUNDS", "Node"]
 
 MOVING_AVERAGE_ROUNDS = 20
+_SWING_EVALUATIONS, _SWING_ROUNDS = 5, 100  # how many count as lately
 _FINAL_CHECKPOINT_WITHIN_S = 4.0  # a stopped node has 10 s in all; the journal has every round already
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -78,7 +80,7 @@ class Node:
         self._parts: Parts | None = None
         self._before: Evaluation | None = None  # of a policy that has not learned, until the first row has it
         self._average = MovingAverage(MOVING_AVERAGE_ROUNDS)
-        self._swing = Swing()
+        self._swing = Swing(_SWING_EVALUATIONS if self._has_evaluations else _SWING_ROUNDS)
         self._num_updates_skipped = 0
         self._elapsed_s = 0.0
         self._watch: asyncio.Task[None] | None = None  # ends when the exchange has died
@@ -136,16 +138,18 @@ class Node:
         round_index = self.recorder.last_round + 1
         meter = RoundMeter(self.clock, self._enter)
         outcomes_before = Counter(parts.scorer.counts)
-        external = await self.exchange.sample(config.sapo.num_external)
+        swing, swing_rng = self._swing.value, self._rng("swing", round_index)
+        share = 1 - config.sapo.swing_damping * swing
+        wanted = sapo.damped(config.sapo, share, swing_rng)
+        external = await self.exchange.sample(wanted.num_external)
         with meter.time("rollout"):
-            tasks, again = self._choose_tasks(round_index, external)
+            tasks, again = self._choose_tasks(round_index, external, wanted)
             await self._in_torch(self._learn_drafts, tasks, external)
         own = await self._write(tasks, round_index, meter)
         await self.exchange.publish(own)
-        external += await self.exchange.fill(sapo.num_to_fill(own, external, config.sapo, again))
-        weight = 1 - config.sapo.swing_damping * self._swing.value
-        rng = self._rng("batch", round_index)
-        batch = sapo.build_batch(own, external, config.sapo, rng, again=again, external_weight=weight)
+        num_places = sapo.num_to_fill(own, external, wanted, again)
+        external += await self.exchange.fill(sapo.share_of(num_places, share, swing_rng))
+        batch = sapo.build_batch(own, external, wanted, self._rng("batch", round_index), again=again)
         with meter.time("update"):
             stats = await self._update(batch)
         with meter.time("drafter"):
@@ -153,16 +157,19 @@ class Node:
         with meter.time("load_policy"):
             await self._in_torch(self._load_policy)
         row = self._describe(round_index, own, again, stats, Counter(parts.scorer.counts) - outcomes_before)
-        row |= describe_external(len(own), external, batch, weight) | self.exchange.describe_round()
+        row |= {"swing": swing, "num_external_wanted": wanted.num_external}
+        row |= describe_external(len(own), external, batch) | self.exchange.describe_round()
         row |= parts.rollouts.describe() | parts.drafting.describe()
         if self._evaluation_is_due(round_index):
             with meter.time("evaluation"):
                 row |= describe_evaluation(await self._in_torch(self._evaluate))
         await self._record(row, batch, meter)
 
-    def _choose_tasks(self, round_index: int, external: list[RolloutGroup]) -> tuple[list[Task], set[TaskRef]]:
+    def _choose_tasks(
+        self, round_index: int, external: list[RolloutGroup], config: SapoConfig
+    ) -> tuple[list[Task], set[TaskRef]]:
         """Return what the round asks, and which questions of it others have asked as well (`sapo.num_broad`)."""
-        parts, config = self.parts, self.config.sapo
+        parts = self.parts
         num_own = sapo.num_own_groups(config, len(external))
         tasks = parts.tasks.train_batch(round_index, num_own, stride=config.num_local + config.num_external)
         max_prompt_tokens = parts.engine.max_seq_len - self.config.rollout.max_new_tokens
@@ -225,7 +232,11 @@ class Node:
     def _note(self, row: dict[str, Any]) -> None:
         """Remember what is asked of the last rounds."""
         self.rows.append(row)
-        if row["round"] >= MOVING_AVERAGE_ROUNDS:  # before, a single lucky round would stand as the best for long
+        if self._has_evaluations:
+            for when in ("_before", ""):
+                if (value := row.get(f"pass_at_1_heldout{when}")) is not None:
+                    self._swing.add(value)
+        elif row["round"] >= MOVING_AVERAGE_ROUNDS:  # before, a single lucky round would stand as the best for long
             self._swing.add(row["reward_moving_average"])
         self.pass_at_1_heldout = row.get("pass_at_1_heldout", self.pass_at_1_heldout)
 
@@ -288,6 +299,11 @@ class Node:
             await self.recorder.final_checkpoint(self.parts.trainer, within_s)
         else:
             await self.recorder.settle()
+
+    @property
+    def _has_evaluations(self) -> bool:
+        """Whether held-out questions are asked in the course of the run, and not only before and after it."""
+        return self.config.evaluation.num_items > 0 and self.config.evaluation.every_rounds > 0
 
     def _evaluation_is_due(self, round_index: int) -> bool:
         every = self.config.evaluation.every_rounds

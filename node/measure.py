@@ -75,19 +75,13 @@ def describe_groups(
     }
 
 
-def describe_external(
-    num_own: int, external: Sequence[RolloutGroup], batch: TrainingBatch, weight: float
-) -> dict[str, float | None]:
-    """Return what the batch came from, and what groups of others were worth by this node's own verifier.
-
-    `weight` is that of what others wrote.
-    """
+def describe_external(num_own: int, external: Sequence[RolloutGroup], batch: TrainingBatch) -> dict[str, float | None]:
+    """Return what the batch came from, and what groups of others were worth by this node's own verifier."""
     rewards = [reward for group in external for reward in group.rewards]
     return {
         "num_local": num_own,
         "num_external": len(external) - batch.num_external_zero_advantage,
         "num_external_missing": batch.num_external_missing,
-        "external_weight": weight,
         "reward_external_mean": statistics.fmean(rewards) if rewards else None,
     }
 

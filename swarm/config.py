@@ -150,7 +150,10 @@ class SapoConfig(Section):
         description="completions of each own question before the rest of the round goes to the hard ones; 0: all alike",
     )
     swing_damping: float = Field(
-        0.0, ge=0, le=1, description="how much less groups of others weigh while own reward is below what it was lately"
+        0.0,
+        ge=0,
+        le=1,
+        description="how much smaller J is, and larger I, while held-out pass@1 is below its best of late",
     )
     publish: Literal["informative", "all", "none"] = Field(
         "informative", description="own groups that the swarm is given; informative: those with an advantage"
@@ -193,6 +196,12 @@ class TrainerConfig(Section):
         description="grpo: mean over each completion; dapo: over all tokens; dr_grpo: constant; gspo: sequence ratio",
     )
     tis_cap: float = Field(2.0, gt=0, description="cap of the importance weight from engine to trainer log-probs")
+    external_probability: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="worse answers of others: tokens to which the own policy gives less than this weigh less; 0: not",
+    )
     num_epochs: int = Field(1, ge=1, description="passes over a batch")
     num_minibatches: int = Field(1, ge=1, description="optimizer steps per pass")
     max_tokens_per_microbatch: int = Field(4096, ge=16, description="packed tokens per forward pass; bounds memory")

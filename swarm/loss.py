@@ -13,8 +13,11 @@ Per token, with ratio r = exp(logprob - old_logprob) and advantage A of its comp
              completion is clipped as a whole (GSPO, arXiv 2507.18071, section 4.1, equations 5 to 7)
 
 `tis` = min(exp(old_logprob - behavior_logprob), tis_cap), without gradient, corrects for what the engine
-sampled from something other than the trainer's policy (an older version, another dtype, top-p); it is 1 where
-the behaviour is unknown. k3 = exp(ref - logprob) - (ref - logprob) - 1 estimates the KL to the reference.
+sampled from something other than the trainer's policy (an older version, another dtype, top-p). Where the behaviour
+is unknown, since another node wrote the completion, it is 1; with `external_probability` p it is
+min(exp(old_logprob) / p, 1) for tokens of negative advantage: the truncated ratio of tapered REINFORCE (arXiv
+2503.14286, section 3), token by token, with p in place of what the author's policy gave. k3 =
+exp(ref - logprob) - (ref - logprob) - 1 estimates the KL to the reference.
 
 Departures from the papers:
 - Clip-higher (DAPO, section 3.1) holds under every normalisation; GSPO's own ranges (3e-4 and 4e-4) are
@@ -92,7 +95,8 @@ def policy_loss(logprobs: Tensor, terms: TokenTerms, config: TrainerConfig) -> L
     gains = ratios * terms.advantages
     clipped_gains = clipped * terms.advantages
     known = ~terms.behavior_logprobs.isnan()
-    tis = torch.where(known, torch.exp(old - terms.behavior_logprobs).clamp(max=config.tis_cap), 1.0)
+    correction = torch.exp(old - terms.behavior_logprobs).clamp(max=config.tis_cap)
+    tis = torch.where(known, correction, _external_weights(old, terms, config))
     losses = -tis * torch.minimum(gains, clipped_gains)
     kl_sum = torch.zeros((), device=logprobs.device)
     if terms.reference_logprobs is not None:
@@ -109,6 +113,14 @@ def policy_loss(logprobs: Tensor, terms: TokenTerms, config: TrainerConfig) -> L
         mismatch_sum=torch.where(known, (old - terms.behavior_logprobs).abs(), 0.0).sum(),
         num_known=known.sum(),
     )
+
+
+def _external_weights(old: Tensor, terms: TokenTerms, config: TrainerConfig) -> Tensor:
+    """Weight of each token if another node wrote it, [num_tokens]."""
+    if not config.external_probability:
+        return torch.ones_like(old)
+    ratios = (torch.exp(old) / config.external_probability).clamp(max=1.0)
+    return torch.where(terms.advantages < 0, ratios, 1.0)
 
 
 def _sequence_mean(values: Tensor, terms: TokenTerms) -> Tensor:

@@ -31,10 +31,11 @@ Departures from the paper:
   policy, which is not known here.
 - Beyond the paper, each an option that is off: groups of others are drawn by what they teach this policy
   (`learning_value`), their questions are asked again and answered in one broad group (`broad`), completions go to
-  hard questions (`rollout.allocation`), and what others wrote weighs less while own reward falls (`swing`).
+  hard questions (`rollout.allocation`), and J is smaller, and I larger, while held-out reward falls (`swing`).
 - Advantages have a floor on the spread of a group (see `advantage`).
 """
 
+import math
 import random
 from collections.abc import Collection, Sequence
 from typing import TypeVar
@@ -45,7 +46,7 @@ from swarm.broad import merge
 from swarm.config import SapoConfig
 from swarm.types import RolloutGroup, TrainingBatch, TrainingGroup
 
-__all__ = ["build_batch", "num_own_groups", "num_to_fill"]
+__all__ = ["build_batch", "damped", "num_own_groups", "num_to_fill", "share_of"]
 
 T = TypeVar("T")
 
@@ -57,7 +58,6 @@ def build_batch(
     rng: random.Random,
     *,
     again: Collection[TaskRef] = (),
-    external_weight: float = 1.0,
 ) -> TrainingBatch:
     """Choose external groups and as many own ones as make up the batch, and compute advantages.
 
@@ -65,14 +65,14 @@ def build_batch(
     `num_local`, and with `replace_missing` one for every external group that is missing, as far as there are so many.
     All groups have been scored. `rng` is drawn from only where there is more to choose from than is needed.
     `again` are own questions that others have asked: their answers join the own group, which counts as an own one, and
-    each of them as an external group. `external_weight` scales every advantage of what others wrote.
+    each of them as an external group.
     Raises ValueError for a group that has not been scored.
     """
     parts, alone = merge(own, external, again)
     num_merged = len(external) - len(alone)
-    own_groups = [_training_group(group, others, config, external_weight) for group, *others in parts]
+    own_groups = [_training_group(group, others, config) for group, *others in parts]
     useful_own = [group for group in own_groups if group is not None]
-    external_groups = [_training_group(None, [group], config, external_weight) for group in alone]
+    external_groups = [_training_group(None, [group], config) for group in alone]
     useful_external = [group for group in external_groups if group is not None]
     room = config.num_external
     if config.fill:
@@ -88,6 +88,19 @@ def build_batch(
         num_external_zero_advantage=len(external_groups) - len(useful_external),
         num_external_missing=max(0, config.num_external - num_external),
     )
+
+
+def damped(config: SapoConfig, share: float, rng: random.Random) -> SapoConfig:
+    """Return the settings of a round with only a share of J groups of others, and as many more own ones."""
+    num_external = share_of(config.num_external, share, rng)
+    num_local = config.num_local + config.num_external - num_external
+    return config.model_copy(update={"num_local": num_local, "num_external": num_external})
+
+
+def share_of(count: int, share: float, rng: random.Random) -> int:
+    """Return `count` times `share`, rounded up or down at random so that it is right on average."""
+    exact = count * share
+    return math.floor(exact) + (rng.random() < exact - math.floor(exact))
 
 
 def num_own_groups(config: SapoConfig, num_external: int) -> int:
@@ -115,7 +128,7 @@ def _choose(items: Sequence[T], count: int, rng: random.Random) -> list[T]:
 
 
 def _training_group(
-    own: RolloutGroup | None, external: Sequence[RolloutGroup], config: SapoConfig, external_weight: float = 1.0
+    own: RolloutGroup | None, external: Sequence[RolloutGroup], config: SapoConfig
 ) -> TrainingGroup | None:
     """Return all answers to one question as the trainer sees them, or None where none of them has an advantage.
 
@@ -135,7 +148,7 @@ def _training_group(
     if not kept or (is_filtered and not any(advantages[index] for index in kept)):
         return None
     num_own = 0 if own is None else len(own.completions)
-    weighed = [_weigh(value, index < num_own, config, external_weight) for index, value in enumerate(advantages)]
+    weighed = [_weigh(value, index < num_own, config) for index, value in enumerate(advantages)]
     return TrainingGroup(
         prompt_ids=groups[0].prompt_ids,
         completion_ids=tuple(completions[index].token_ids for index in kept),
@@ -145,8 +158,7 @@ def _training_group(
     )
 
 
-def _weigh(advantage: float, is_own: bool, config: SapoConfig, external_weight: float) -> float:
+def _weigh(advantage: float, is_own: bool, config: SapoConfig) -> float:
     """Return the advantage of an own completion, or of one that another node wrote, as far as it counts."""
     negative = config.own_negative_weight if is_own else config.external_negative_weight
-    weighed = advantage * negative if advantage < 0 else advantage
-    return weighed if is_own else weighed * external_weight
+    return advantage * negative if advantage < 0 else advantage

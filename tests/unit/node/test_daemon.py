@@ -1,5 +1,6 @@
 import asyncio
 import json
+import math
 import re
 
 import pytest
@@ -210,24 +211,37 @@ def test_hard_questions_get_the_completions_that_others_need_less(harness):
     assert min(sizes) >= 2
 
 
-def test_what_others_wrote_weighs_less_while_own_reward_is_below_what_it_was(harness):
-    sapo = {"num_local": 4, "num_external": 4, "swing_damping": 0.5, "fill": False}
-    whole = harness("whole", exchange=GivingExchange(*[4] * 40)).settings(rounds=40, sapo=sapo)
+def swings(curve, num_lately):
+    """How far each value of a curve lies below the best of the last ones."""
+    best = [max(curve[max(0, number + 1 - num_lately) : number + 1]) for number in range(len(curve))]
+    return [(top - value) / top if top else 0.0 for top, value in zip(best, curve, strict=True)]
+
+
+@pytest.mark.parametrize("every_rounds", [4, 0])
+def test_fewer_groups_of_others_are_wanted_while_the_node_is_below_what_it_could_do(harness, every_rounds):
+    """It goes by held-out pass@1; where that is not looked at in the course of the run, by own reward."""
+    sapo = {"num_local": 4, "num_external": 4, "swing_damping": 0.5}
+    settings = {"sapo": sapo, "evaluation": {"num_items": 5, "every_rounds": every_rounds}}
+    whole = harness("whole", exchange=GivingExchange(*[8] * 40)).settings(rounds=40, **settings)
     whole.run()
     rows = read_rows(whole.folder.metrics)
-    averages = [row["reward_moving_average"] for row in rows]
-    expected = [1.0] * 20
-    for number in range(20, 40):
-        best = max(averages[19:number])
-        expected.append(1 - 0.5 * (best - averages[number - 1]) / best)
-    assert [row["external_weight"] for row in rows] == expected
-    assert min(expected) < 1
-    first, last = (Journal(whole.folder.journal).read_after(at)[0].batch.groups[-1] for at in (0, 39))
-    assert last.advantages[0] == first.advantages[0] * expected[-1]
+    if every_rounds:
+        curve = [rows[0]["pass_at_1_heldout_before"], *(row.get("pass_at_1_heldout") for row in rows)]
+        known = swings([value for value in curve if value is not None], 5)
+        expected = [known[number // every_rounds] for number in range(40)]
+    else:
+        expected = [0.0] * 20 + swings([row["reward_moving_average"] for row in rows[19:]], 100)[:20]
+    assert [row["swing"] for row in rows] == expected
+    assert max(expected) > 0
+    for row, swing in zip(rows, expected, strict=True):
+        assert math.floor(4 * (1 - 0.5 * swing)) <= row["num_external_wanted"] <= math.ceil(4 * (1 - 0.5 * swing))
+        assert row["num_local"] == 8 - row["num_external_wanted"]
+        filled, num_useless = row["num_external"] - row["num_external_wanted"], row["num_groups_zero_advantage"]
+        assert math.floor(num_useless * (1 - 0.5 * swing)) <= filled <= math.ceil(num_useless * (1 - 0.5 * swing))
 
-    parts = harness("parts", exchange=GivingExchange(*[4] * 40)).settings(rounds=40, sapo=sapo)
+    parts = harness("parts", exchange=GivingExchange(*[8] * 40)).settings(rounds=40, **settings)
     asyncio.run(stop_in(31, parts).run())
-    again = harness("parts", config=parts.config, exchange=GivingExchange(*[4] * 10))
+    again = harness("parts", config=parts.config, exchange=GivingExchange(*[8] * 10))
     again.run()
     assert steady(read_rows(again.folder.metrics)) == steady(rows)
     assert torch.equal(again.trainer.weight, whole.trainer.weight)

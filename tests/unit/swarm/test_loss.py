@@ -106,6 +106,22 @@ def test_dapo_written_out():
     assert result.tis_sum.item() == pytest.approx(math.exp(0.3) + math.exp(-1.9) + 2.0 + 1.0)
 
 
+@pytest.mark.parametrize(("advantage", "loss"), [(-0.5, 0.5 * 0.8 / 4), (0.5, -0.5 * 0.6 / 4)])
+@pytest.mark.parametrize(("probability", "weight"), [(0.0, 1.0), (0.2, 1.0), (0.6, math.exp(-1.2) / 0.6)])
+def test_worse_answers_of_others_weigh_as_much_as_the_own_policy_would_have_written_them(
+    advantage, loss, probability, weight, monkeypatch
+):
+    # The second completion is another node's: the own policy gave its token exp(-1.2) = 0.301.
+    monkeypatch.setattr(f"{__name__}.ADVANTAGES", [-1.5, advantage])
+    config = TrainerConfig(external_probability=probability)
+    result, gradient = value_and_gradient(config, make_terms(config))
+    plain, plain_gradient = value_and_gradient(TrainerConfig(), make_terms(config))
+    expected = weight if advantage < 0 else 1.0
+    assert result.loss.item() - plain.loss.item() == pytest.approx((expected - 1) * loss)
+    assert gradient == pytest.approx([*plain_gradient[:3], expected * plain_gradient[3]])
+    assert result.tis_sum.item() == pytest.approx(plain.tis_sum.item() - 1 + expected)
+
+
 def test_clipping_is_one_sided():
     # A ratio above the range with a negative advantage, and below it with a positive one, keep their gradient.
     config = TrainerConfig(normalization="dapo")

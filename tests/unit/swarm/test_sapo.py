@@ -8,7 +8,7 @@ import pytest
 
 from protocol.messages import TaskRef
 from swarm.config import SapoConfig
-from swarm.sapo import build_batch, num_own_groups, num_to_fill
+from swarm.sapo import build_batch, damped, num_own_groups, num_to_fill, share_of
 from swarm.types import Completion, RolloutGroup, Segment, Task
 
 
@@ -199,14 +199,19 @@ def test_masked_tokens_of_a_broad_group_are_those_of_the_own_completions():
     assert batch.groups[0].num_masked == (1, 0, 0, 0)
 
 
-def test_what_others_wrote_weighs_as_much_as_is_said():
-    config = SapoConfig(num_local=2, num_external=1, external_negative_weight=0.5)
-    own, again = [make_group(1, MIXED), make_group(20, MIXED)], {make_group(20, MIXED).task.ref}
-    for external_weight in (1.0, 0.25):
-        batch = build_batch(
-            own, [make_group(20, MIXED)], config, random.Random(0), again=again, external_weight=external_weight
-        )
-        theirs = (external_weight, -0.5 * external_weight)
-        assert [group.advantages for group in batch.groups] == [(1.0, -1.0), (1.0, -1.0, *theirs)]
-        alone = build_batch(own, [make_group(3, MIXED)], config, random.Random(0), external_weight=external_weight)
-        assert alone.groups[-1].advantages == theirs
+def test_a_share_of_a_count_is_right_on_average_and_whole_numbers_are_exact():
+    rng = random.Random(0)
+    assert [share_of(4, share, rng) for share in (0.0, 0.5, 1.0)] == [0, 2, 4]
+    drawn = Counter(share_of(4, 0.9, rng) for _ in range(4000))
+    assert set(drawn) == {3, 4}
+    assert drawn[4] / 4000 == pytest.approx(0.6, abs=0.03)
+
+
+def test_own_groups_take_the_places_of_those_of_others_that_a_damped_round_does_without():
+    config = SapoConfig(num_local=3, num_external=5, replace_missing=False)
+    rng = random.Random(0)
+    assert damped(config, 1.0, rng) == config
+    for share, shape in ((0.4, (6, 2)), (0.0, (8, 0))):
+        found = damped(config, share, rng)
+        assert (found.num_local, found.num_external) == shape
+        assert num_own_groups(found, num_external=0) == found.num_local
