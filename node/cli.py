@@ -17,6 +17,7 @@ import click
 from node.cli_swarm import add_commands
 from node.experiment.cli import experiment
 from node.heap import limit_arenas
+from node.importing import importing
 from node.openmp import choose_waiting
 from node.options import RUNS, in_run_folder, layers_of, with_run, with_settings
 
@@ -91,7 +92,8 @@ def evaluate(
         folder = RunFolder(run_dir)
         folder.refuse_missing()
         layers.append(read_toml(folder.config))
-    from node.saved import evaluate_policy
+    with importing():
+        from node.saved import evaluate_policy
 
     evaluate_policy(resolve(layers).config, folder, as_json=as_json)
     return 0
@@ -107,7 +109,8 @@ def export(run_dir: Path, target: Path, drafter: bool) -> int:
 
     folder = RunFolder(run_dir)
     folder.refuse_missing()
-    from node.saved import export_drafter, export_policy
+    with importing():
+        from node.saved import export_drafter, export_policy
 
     (export_drafter if drafter else export_policy)(folder, target)
     return 0

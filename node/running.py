@@ -22,6 +22,7 @@ from node.config import RunConfig, to_toml
 from node.control import Monitor
 from node.display import Display, JsonDisplay, PlainDisplay, RunInfo
 from node.exchange import Exchange
+from node.importing import importing
 from node.metrics import read_rows
 from node.run_folder import RunFolder, write_atomically
 from node.status import build_status, training_status
@@ -70,7 +71,8 @@ def run_node(
             from node.recorder import Recorder
 
         def build(config: RunConfig, stopping: threading.Event) -> "Parts":
-            from node.parts import build_parts  # torch and transformers take seconds: it is in its swarm meanwhile
+            with importing():  # torch and transformers take seconds: it is in its swarm meanwhile
+                from node.parts import build_parts
 
             parts = build_parts(config, stopping, display.note)
             write_atomically(folder.config, to_toml(config))
