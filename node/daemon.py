@@ -202,6 +202,7 @@ class Node:
         self._trained_round = self.recorder.last_round + 1
         if not batch.groups:
             return None
+        await self._in_torch(self.parts.engine.release_memory)
         stats = await self._in_torch(self.parts.trainer.update, batch)
         self.parts.drafting.policy_updated()
         return stats

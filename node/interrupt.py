@@ -79,6 +79,10 @@ class InterruptibleEngine(Engine):
         """Take new weights."""
         self._engine.load_policy(state, version)
 
+    def release_memory(self) -> None:
+        """Let the engine within give back memory until the next policy."""
+        self._engine.release_memory()
+
     def close(self) -> None:
         """Close the engine within."""
         self._engine.close()

@@ -1,5 +1,7 @@
 """Low-rank adapters in a policy, through peft: put them in, and merge them for whoever needs plain weights."""
 
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -7,9 +9,51 @@ from torch import Tensor, nn
 
 from swarm.config import LoraConfig
 
-__all__ = ["add_adapters", "merged_state"]
+__all__ = ["AdaptedState", "Adapter", "add_adapters", "policy_state"]
 
 _ADAPTER = "default"
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """What is added to one weight: `scaling` times the product of `b` and `a`."""
+
+    a: Tensor  # [rank, num_inputs]
+    b: Tensor  # [num_outputs, rank]
+    scaling: float
+    is_transposed: bool  # whether the weight is kept as [num_inputs, num_outputs]
+
+    @torch.no_grad()
+    def merged(self, weight: Tensor) -> Tensor:
+        """Return the weight with its adapter, computed in float32, in the weight's own dtype."""
+        delta = self.b.to(torch.float32) @ self.a.to(torch.float32) * self.scaling
+        return (weight.to(torch.float32) + (delta.T if self.is_transposed else delta)).to(weight.dtype)
+
+
+class AdaptedState(Mapping[str, Tensor]):
+    """A policy with adapters as a `state_dict` of the model without them: each weight is merged when it is asked for.
+
+    Who wants less than that takes `base`, which training leaves as it is, and `adapters`.
+    """
+
+    def __init__(self, base: Mapping[str, Tensor], adapters: Mapping[str, Adapter]) -> None:
+        """adapters: by the name of the weight that they change."""
+        self.base, self.adapters = base, adapters
+        self._merged: dict[str, Tensor] = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        adapter = self.adapters.get(name)
+        if adapter is None:
+            return self.base[name]
+        if name not in self._merged:
+            self._merged[name] = adapter.merged(self.base[name])
+        return self._merged[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.base)
+
+    def __len__(self) -> int:
+        return len(self.base)
 
 
 def add_adapters(model: nn.Module, config: LoraConfig) -> None:
@@ -22,25 +66,23 @@ def add_adapters(model: nn.Module, config: LoraConfig) -> None:
     peft.get_peft_model(model, settings, adapter_name=_ADAPTER)
 
 
-def merged_state(model: nn.Module) -> dict[str, Tensor]:
-    """Return the model's `state_dict` as it was before adapters were put in, with their effect merged.
+def policy_state(model: nn.Module) -> Mapping[str, Tensor]:
+    """Return the model's weights under the names that they had before adapters were put in: live tensors."""
+    state = model.state_dict()
+    adapters: dict[str, Adapter] = {}
+    for name, layer in model.named_modules():
+        if hasattr(layer, "base_layer"):
+            adapters[f"{name}.weight"] = _adapter(layer)
+    if not adapters:
+        return state
+    base = {name.replace(".base_layer.", "."): tensor for name, tensor in state.items() if ".lora_" not in name}
+    return AdaptedState(base, adapters)
 
-    Layers without adapters are returned as live tensors.
-    """
-    state: dict[str, Tensor] = {}
-    modules = dict(model.named_modules())
-    for name, tensor in model.state_dict().items():
-        if ".lora_" in name:
-            continue
-        owner = name.rpartition(".base_layer.")[0] if ".base_layer." in name else ""
-        if not owner:
-            state[name] = tensor
-            continue
-        plain = name.replace(".base_layer.", ".")
-        if name.endswith(".base_layer.weight"):
-            layer: Any = modules[owner]
-            with torch.no_grad():
-                delta: Tensor = layer.get_delta_weight(_ADAPTER)
-                tensor = (tensor.to(torch.float32) + delta.to(torch.float32)).to(tensor.dtype)
-        state[plain] = tensor
-    return state
+
+def _adapter(layer: Any) -> Adapter:
+    """Return the adapter of one of peft's layers."""
+    scaling = float(layer.scaling[_ADAPTER])
+    if _ADAPTER in layer.lora_embedding_A:
+        return Adapter(layer.lora_embedding_A[_ADAPTER], layer.lora_embedding_B[_ADAPTER], scaling, is_transposed=True)
+    a, b = layer.lora_A[_ADAPTER].weight, layer.lora_B[_ADAPTER].weight
+    return Adapter(a.detach(), b.detach(), scaling, is_transposed=layer.fan_in_fan_out)

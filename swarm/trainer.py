@@ -22,7 +22,7 @@ from swarm.config import TrainerConfig
 from swarm.errors import CheckpointError, TrainingDiverged
 from swarm.fused import fuse
 from swarm.logprobs import logits_head, target_logprobs
-from swarm.lora import add_adapters, merged_state
+from swarm.lora import add_adapters, policy_state
 from swarm.loss import LossTerms, TokenTerms, policy_loss, token_weight
 from swarm.optimizer import FlatAdamW
 from swarm.packed_attention import supports_packed_attention, use_packed_attention
@@ -277,12 +277,12 @@ class Trainer:
             chunk_tokens=self._config.logprob_chunk_tokens,
         )
 
-    def policy_state(self) -> dict[str, Tensor]:
-        """Return the policy's weights in compute dtype, LoRA merged, under the names of the model's `state_dict`.
+    def policy_state(self) -> Mapping[str, Tensor]:
+        """Return the policy's weights in compute dtype, under the names of the model's `state_dict`.
 
-        Without LoRA these are the live weights: copy what is to outlast the next update.
+        They are live: copy what is to outlast the next update. With LoRA it is an `AdaptedState`, which merges.
         """
-        return merged_state(self._model)
+        return policy_state(self._model)
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Return what a resumed trainer needs: live tensors, good until the next update."""

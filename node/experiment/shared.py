@@ -150,6 +150,11 @@ class EngineShare(Engine):
             else:
                 self._shared.owner = None
 
+    def release_memory(self) -> None:
+        """Let the engine give back memory: whoever is next loads a policy first."""
+        if self._shared.owner in (self, None):
+            self._shared.engine.release_memory()
+
     def close(self) -> None:
         """Nothing: others go on."""
 

@@ -128,6 +128,12 @@ class Engine(ABC):
         Raises ValueError, and keeps the old weights, where one is missing or has another shape.
         """
 
+    def release_memory(self) -> None:  # noqa: B027 (nothing to do is what most engines do)
+        """Give back what can be done without until the next `load_policy`, which must come before the next step.
+
+        Requests in flight go on after it.
+        """
+
     @abstractmethod
     def close(self) -> None:
         """Free memory and end every process the engine started."""

@@ -196,7 +196,10 @@ class SharedProcess:
     """A vLLM process, and whose turn it is."""
 
     def __init__(self, model: Any) -> None:
-        self.host = VllmHost(model, max_slots=512, max_seq_len=256, kv_cache_bytes=64 * 2**20)
+        with pytest.MonkeyPatch.context() as patch:
+            # coverage makes a start several times as long; the tests of the process itself are measured
+            patch.delenv("COVERAGE_PROCESS_CONFIG", raising=False)
+            self.host = VllmHost(model, max_slots=512, max_seq_len=256, kv_cache_bytes=64 * 2**20)
         self.turn: Turn | None = None
 
     def engine(self, model: Any, eos: Sequence[int], config: EngineConfig, max_seq_len: int) -> VllmEngine:

@@ -4,7 +4,10 @@
     host      starts the process, talks to it, ends it
     child     what runs in it: vLLM, stepped from outside
     worker    what vLLM is given: where noise and weights come from
-    shared    weights in memory that both processes see
+    shared    weights in memory of the host that both processes see
+    handles   weights on a GPU that both processes see
+    adapters  what alone is handed over of a policy with adapters
+    memory    how much the KV cache gets
     pipe      messages between the two
     installed which vLLM there is, and whether it can run here
 

@@ -5,13 +5,17 @@ Receives lists over a pipe and answers each with ["ok", value], or with ["failed
     ["start", ChildConfig]          once
     ["step", [[…], …]]              take these requests, see `_add`, and decode; the value: see `step`
     ["drop", [id, …] or None]       forget requests, or all of them
-    ["load"]                        forget all requests and all attention state, and take the weights in shared memory
+    ["load", handles, adapters]     forget all requests and all attention state, and take the weights in shared
+                                    memory, on the host or where `handles` says, with `adapters` merged
+    ["sleep"]                       forget all requests, and give back the memory of a GPU until the next load
 
-It ends when the other end of the pipe is gone, whatever it is doing then: a thread of its own watches for that.
+It ends when the other end of the pipe is gone, whatever it is doing then: a thread of its own watches for that, and
+leaves no file of it behind.
 """
 
 import os
 import select
+import shutil
 import signal
 import sys
 import threading
@@ -30,24 +34,28 @@ _PREFILL_TOKENS: Final = 8192  # tokens of one step; bounds its memory
 class ChildConfig(TypedDict):
     """What the parent sends first."""
 
-    folder: str  # holds the model's config.json, and no weights
     architecture: str  # the model's class
     dtype: str
     max_seq_len: int
     max_slots: int
     kv_cache_bytes: int
+    memory_share: float  # of a GPU: weights and KV cache; vLLM refuses to start where less is free
     num_threads: int
-    weights_fd: int  # inherited; see `SharedWeights`
+    weights_fd: int | None  # inherited, see `SharedWeights`; None where the weights are on a GPU
     places: list[list[Any]]  # fields of WeightPlace
 
 
 def main() -> None:
-    """Serve the parent until it is gone."""
-    read_fd, write_fd, lifeline_fd = (int(each) for each in sys.argv[1:])
-    threading.Thread(target=_end_with_parent, args=(lifeline_fd, os.getppid()), daemon=True).start()
+    """Serve the parent until it is gone.
+
+    The arguments: three descriptors, and a folder with the model's config.json, which also takes all temporary files.
+    """
+    read_fd, write_fd, lifeline_fd = (int(each) for each in sys.argv[1:4])
+    folder = sys.argv[4]
+    threading.Thread(target=_end_with_parent, args=(lifeline_fd, os.getppid(), folder), daemon=True).start()
     pipe = Pipe(read_fd, write_fd)
     try:
-        _serve(pipe)
+        _serve(pipe, folder)
     except EOFError:
         return
     except Exception as error:  # the boundary: whatever vLLM raises ends this process, and its parent says why
@@ -55,17 +63,20 @@ def main() -> None:
         pipe.send(["failed", f"{type(error).__name__}: {error}"])
 
 
-def _end_with_parent(lifeline_fd: int, parent: int) -> None:
-    """Wait until the parent is gone, then end this process and those that vLLM started."""
+def _end_with_parent(lifeline_fd: int, parent: int, folder: str) -> None:
+    """Wait until the parent is gone, then remove the folder and end this process and those that vLLM started."""
     while not select.select([lifeline_fd], [], [], _LOOK_S)[0] and os.getppid() == parent:
         pass
+    shutil.rmtree(folder, ignore_errors=True)  # the group ends, whatever of it can be removed
     os.killpg(0, signal.SIGKILL)
 
 
-def _serve(pipe: Pipe) -> None:
+def _serve(pipe: Pipe, folder: str) -> None:
     _, config = pipe.receive()
-    driven = _Driven(config)
-    commands: dict[str, Callable[..., Any]] = {"step": driven.step, "drop": driven.drop, "load": driven.load}
+    driven = _Driven(config, folder)
+    commands: dict[str, Callable[..., Any]] = {
+        "step": driven.step, "drop": driven.drop, "load": driven.load, "sleep": driven.sleep,
+    }  # fmt: skip
     pipe.send(["ok", None])
     while True:
         kind, *arguments = pipe.receive()
@@ -75,7 +86,7 @@ def _serve(pipe: Pipe) -> None:
 class _Driven:
     """vLLM's engine, in this process, with the requests that it holds."""
 
-    def __init__(self, config: ChildConfig) -> None:
+    def __init__(self, config: ChildConfig, folder: str) -> None:
         import torch
 
         torch.set_num_threads(config["num_threads"])
@@ -88,7 +99,7 @@ class _Driven:
         extension = f"{WorkerExtension.__module__}.{WorkerExtension.__qualname__}"
         self._engine = LLMEngine.from_engine_args(
             EngineArgs(
-                model=config["folder"],
+                model=folder,
                 skip_tokenizer_init=True,
                 load_format="dummy",
                 dtype=config["dtype"],
@@ -96,6 +107,8 @@ class _Driven:
                 max_num_seqs=config["max_slots"],
                 max_num_batched_tokens=max(_PREFILL_TOKENS, config["max_seq_len"]),
                 kv_cache_memory_bytes=config["kv_cache_bytes"],
+                gpu_memory_utilization=config["memory_share"],
+                enable_sleep_mode=torch.cuda.is_available(),
                 enable_prefix_caching=True,
                 async_scheduling=False,
                 # compiling costs minutes on a CPU; on a GPU vLLM records its steps as graphs
@@ -111,6 +124,7 @@ class _Driven:
         info = {"fd": config["weights_fd"], "places": config["places"]}
         self._engine.collective_rpc("init_weight_transfer_engine", args=(info,))
         self._held: set[str] = set()
+        self._is_asleep = False
 
     def step(self, requests: Sequence[Sequence[Any]]) -> list[list[Any]]:
         """Take requests, prefill them and draw their first token, then decode one token of all.
@@ -170,14 +184,25 @@ class _Driven:
         self._engine.abort_request(list(names))
         self._held -= set(names)
 
-    def load(self) -> None:
-        """Take the weights that lie in shared memory; nothing that was computed with the old ones is used again."""
+    def load(self, handles: list[list[Any]], adapters: list[list[Any]]) -> None:
+        """Take the weights in shared memory; nothing that was computed with the old ones is used again."""
         self.drop(None)
+        if self._is_asleep:
+            self._engine.wake_up(tags=["weights"])
         self._engine.collective_rpc("start_weight_update")
-        self._engine.collective_rpc("update_weights", args=({},))
+        self._engine.collective_rpc("update_weights", args=({"handles": handles, "adapters": adapters},))
         self._engine.collective_rpc("finish_weight_update")
+        if self._is_asleep:
+            self._engine.wake_up(tags=["kv_cache"])
+            self._is_asleep = False
         if not self._engine.reset_prefix_cache():
             raise RuntimeError("vLLM did not reset its prefix cache")
+
+    def sleep(self) -> None:
+        """Give back the memory of weights and KV cache. The next command must be a load."""
+        self.drop(None)
+        self._engine.sleep(level=2)
+        self._is_asleep = True
 
 
 def _register(architecture: str) -> None:

@@ -27,11 +27,12 @@ from swarm.engine.base import (
 )
 from swarm.engine.vllm.host import VllmHost
 from swarm.engine.vllm.memory import kv_cache_bytes
+from swarm.lora import AdaptedState
 from swarm.types import Completion, FinishReason, Segment
 
 __all__ = ["VllmEngine"]
 
-_STEP_COST_TOKENS = 40.0  # not measured yet: a guess from the torch engine's 13 and the messages of a step
+_CPU_STEP_COST_TOKENS = 5.0
 
 
 @dataclass(slots=True)
@@ -105,7 +106,8 @@ class VllmEngine(Engine):
         host: an engine process that has the weights of `model` already; None: one of its own.
         """
         self.max_seq_len = sequence_limit(model, max_seq_len or config.max_seq_len)
-        self.step_cost_tokens = _STEP_COST_TOKENS
+        if model.device.type == "cpu":
+            self.step_cost_tokens = _CPU_STEP_COST_TOKENS
         self._vocab_size = model.config.get_text_config().vocab_size
         self._eos_token_ids = sorted(eos_token_ids)
         self._max_slots = config.max_slots
@@ -119,6 +121,8 @@ class VllmEngine(Engine):
         self._waiting: deque[_Writing] = deque()
         self._running: dict[int, _Writing] = {}
         self._version = 0
+        self._gives_back = model.device.type == "cuda"  # on a CPU the cache is of a fixed size from the start
+        self._is_asleep = False
         self.stats = EngineStats()
 
     @property
@@ -145,6 +149,8 @@ class VllmEngine(Engine):
 
     def step(self) -> list[Completion]:
         """Hand over what waits, decode, and return what has finished; see Engine."""
+        if self._is_asleep:
+            raise RuntimeError("a step before the policy was loaded that the engine gave up its memory for")
         fresh = []
         while self._waiting and len(self._running) < self._max_slots:
             writing = self._waiting.popleft()
@@ -179,11 +185,19 @@ class VllmEngine(Engine):
 
     def load_policy(self, state: Mapping[str, torch.Tensor], version: int) -> None:
         """Take new weights; see Engine. Running requests are prefilled again under them."""
-        check_weights(state, self._shapes)
+        check_weights(state.base if isinstance(state, AdaptedState) else state, self._shapes)
         self._take_back()
         self._host.load(state)
+        self._is_asleep = False
         self._version = version
         self.stats.num_policy_loads += 1
+
+    def release_memory(self) -> None:
+        """Leave the memory of a GPU to the trainer; see Engine."""
+        if self._gives_back and not self._is_asleep:
+            self._take_back()
+            self._host.sleep()
+            self._is_asleep = True
 
     def _take_back(self) -> None:
         """Let the requests that vLLM holds wait again, in their order: it is about to forget them."""

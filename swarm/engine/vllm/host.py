@@ -1,8 +1,8 @@
 """The engine process, from outside: starts it, talks to it, and leaves nothing of it behind.
 
 The process leads a group of its own, with whatever vLLM starts beside it. It holds one end of a pipe whose other end
-only this process has: when this process is gone, in whatever way, the group ends itself. What vLLM prints goes to a
-file without a name, of which the end is shown if it fails.
+only this process has: when this process is gone, in whatever way, the group removes its temporary files and ends
+itself. What vLLM prints goes to a file without a name, of which the end is shown if it fails.
 """
 
 import copy
@@ -18,14 +18,19 @@ from typing import IO, Any
 
 import torch
 
+from swarm.engine.vllm.adapters import packed
 from swarm.engine.vllm.child import ChildConfig
+from swarm.engine.vllm.handles import handles_of
+from swarm.engine.vllm.memory import memory_share
 from swarm.engine.vllm.pipe import Pipe
 from swarm.engine.vllm.shared import SharedWeights
 from swarm.errors import EngineFailed
+from swarm.lora import AdaptedState
 
 __all__ = ["VllmHost"]
 
 _LOG_TAIL_BYTES = 4000
+_VISIBLE_DEVICES = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")  # ROCm heeds both
 _ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # vLLM's engine core runs in the process that we step
     "VLLM_USE_V2_MODEL_RUNNER": "0",  # the one whose sampler takes our noise
@@ -49,8 +54,8 @@ class VllmHost:
     ) -> None:
         """Start the process and give it the weights of `model`. Raises EngineFailed where vLLM does not start."""
         state = model.state_dict()
-        self._weights = SharedWeights.allocate(state)
-        self._weights.write(state)
+        self._weights = None if model.device.type == "cuda" else SharedWeights.allocate(state)
+        self._base: Mapping[str, torch.Tensor] = {}  # what lies in shared memory and stays as it is, beside adapters
         self._log = tempfile.TemporaryFile()
         self._folder = tempfile.TemporaryDirectory(prefix="swarm-vllm-")
         config = copy.deepcopy(model.config)
@@ -61,12 +66,12 @@ class VllmHost:
         lifeline, self._lifeline = os.pipe()
         theirs = (child_read, child_write, lifeline)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "swarm.engine.vllm.child", *(str(fd) for fd in theirs)],
+            [sys.executable, "-m", "swarm.engine.vllm.child", *(str(fd) for fd in theirs), self._folder.name],
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=self._log,
-            env=_environment(),
-            pass_fds=(*theirs, self._weights.fd),
+            env=_environment(os.environ, self._folder.name, model.device),
+            pass_fds=theirs if self._weights is None else (*theirs, self._weights.fd),
             start_new_session=True,
         )
         for fd in theirs:
@@ -76,19 +81,19 @@ class VllmHost:
             self, _end, self._process, self._pipe, self._lifeline, self._log, self._folder, self._weights
         )
         settings = ChildConfig(
-            folder=self._folder.name,
             architecture=type(model).__name__,
             dtype=str(model.dtype).removeprefix("torch."),
             max_seq_len=max_seq_len,
             max_slots=max_slots,
             kv_cache_bytes=kv_cache_bytes,
+            memory_share=memory_share(model, kv_cache_bytes),
             num_threads=torch.get_num_threads(),
-            weights_fd=self._weights.fd,
-            places=[[each.name, each.dtype, list(each.shape), each.offset_bytes] for each in self._weights.places],
+            weights_fd=None if self._weights is None else self._weights.fd,
+            places=[] if self._weights is None else self._weights.plain_places(),
         )
         try:
             self._call("start", settings)
-            self._call("load")
+            self.load(state)
         except BaseException:
             self.close()
             raise
@@ -108,9 +113,22 @@ class VllmHost:
         self._call("drop", numbers)
 
     def load(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Replace the weights. All requests are forgotten."""
-        self._weights.write(state)
-        self._call("load")
+        """Replace the weights. All requests are forgotten. Of a state with adapters these alone are handed over."""
+        adapters = state.adapters if isinstance(state, AdaptedState) else {}
+        base = state.base if isinstance(state, AdaptedState) else state
+        handles: list[list[Any]] = []
+        kept: list[torch.Tensor] = []  # until the answer
+        if self._weights is None:
+            handles, kept = handles_of(base)
+        elif not adapters or not _are_the_same(base, self._base):
+            self._weights.write(base)
+            self._base = base if adapters else {}
+        self._call("load", handles, packed(adapters))
+        kept.clear()
+
+    def sleep(self) -> None:
+        """Let vLLM give back the memory of its GPU until the next load. All requests are forgotten."""
+        self._call("sleep")
 
     def close(self) -> None:
         """End the process and whatever it started, and free the weights. May be called twice."""
@@ -129,13 +147,28 @@ class VllmHost:
         return value
 
 
-def _environment() -> dict[str, str]:
-    """The node's environment, with what this use of vLLM needs; a log level that the user chose stays."""
-    environment = {**os.environ, **_ENVIRONMENT}
-    environment["VLLM_LOGGING_LEVEL"] = os.environ.get("VLLM_LOGGING_LEVEL", environment["VLLM_LOGGING_LEVEL"])
+def _environment(ours: Mapping[str, str], folder: str, device: torch.device) -> dict[str, str]:
+    """The node's environment, with what this use of vLLM needs; a log level that the user chose stays.
+
+    Temporary files go to `folder`. Of several GPUs vLLM takes the first that it sees: it sees the policy's alone.
+    """
+    environment = {**ours, **_ENVIRONMENT, "TMPDIR": folder}
+    environment["VLLM_LOGGING_LEVEL"] = ours.get("VLLM_LOGGING_LEVEL", environment["VLLM_LOGGING_LEVEL"])
     root = str(Path(__file__).resolve().parents[3])  # for a checkout that is not installed
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, ours.get("PYTHONPATH")]))
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        chosen = [name for name in _VISIBLE_DEVICES if ours.get(name)] or _VISIBLE_DEVICES[:1]
+        for name in chosen:
+            environment[name] = ours[name].split(",")[index].strip() if ours.get(name) else str(index)
     return environment
+
+
+def _are_the_same(state: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> bool:
+    """Whether two states, both alive, are the same tensors."""
+    return state.keys() == other.keys() and all(
+        tensor.data_ptr() == other[name].data_ptr() for name, tensor in state.items()
+    )
 
 
 def _tail(log: IO[bytes]) -> str:
@@ -150,7 +183,7 @@ def _end(
     lifeline: int,
     log: IO[bytes],
     folder: "tempfile.TemporaryDirectory[str]",
-    weights: SharedWeights,
+    weights: SharedWeights | None,
 ) -> None:
     """End the group, then free what it used. It holds nothing that would have to be saved."""
     if process.poll() is None:
@@ -160,4 +193,5 @@ def _end(
     pipe.close()
     log.close()
     folder.cleanup()
-    weights.close()
+    if weights is not None:
+        weights.close()

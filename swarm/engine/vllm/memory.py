@@ -6,7 +6,7 @@ from swarm.config import EngineConfig
 from swarm.devices import look_at
 from swarm.errors import EngineError
 
-__all__ = ["bytes_per_token", "kv_cache_bytes"]
+__all__ = ["bytes_per_token", "kv_cache_bytes", "memory_share"]
 
 _MIB = 2**20
 _BLOCK_TOKENS = 128  # of vLLM's largest usual block: each sequence wastes part of one
@@ -24,16 +24,22 @@ def bytes_per_token(model: Any) -> int:
 def kv_cache_bytes(model: Any, config: EngineConfig, max_seq_len: int) -> int:
     """Return the size of the cache: all slots at full length, or what the setting or the free memory allows.
 
-    With less than all slots need, vLLM lets requests wait. Raises EngineError where not even one sequence fits.
+    With less than all slots need, vLLM lets requests wait. Raises EngineError where not even one sequence fits, or
+    where what is set does not fit beside the weights.
     """
     per_sequence = (-(-max_seq_len // _BLOCK_TOKENS) + 1) * _BLOCK_TOKENS * bytes_per_token(model)
     wanted = (config.max_slots + 1) * per_sequence
+    free_bytes = look_at(model.device).free_bytes - _weight_bytes(model)
     if config.kv_cache_mb:
         allowed, reason = config.kv_cache_mb * _MIB, f"engine.kv_cache_mb is {config.kv_cache_mb}"
+        if min(wanted, allowed) > free_bytes:
+            raise EngineError(
+                f"vLLM's KV cache of {min(wanted, allowed) / _MIB:,.0f} MiB does not fit: {free_bytes / _MIB:,.0f} MiB "
+                "are free beside its weights: lower engine.kv_cache_mb"
+            )
     else:
-        free_bytes = look_at(model.device).free_bytes
         allowed = int(free_bytes * _SHARE)
-        reason = f"{free_bytes / _MIB:,.0f} MiB are free, half of which are the trainer's"
+        reason = f"{free_bytes / _MIB:,.0f} MiB are free beside its weights, half of which are the trainer's"
     least = 2 * per_sequence  # vLLM keeps a block for itself
     if allowed < least:
         raise EngineError(
@@ -41,3 +47,15 @@ def kv_cache_bytes(model: Any, config: EngineConfig, max_seq_len: int) -> int:
             "lower engine.max_seq_len, or raise engine.kv_cache_mb"
         )
     return min(wanted, allowed)
+
+
+def memory_share(model: Any, cache_bytes: int) -> float:
+    """Return which part of the device's memory vLLM takes for weights and KV cache: more must be free at its start."""
+    share = (_weight_bytes(model) + cache_bytes) / look_at(model.device).total_bytes
+    return min(max(share, 0.001), 1.0)
+
+
+def _weight_bytes(model: Any) -> int:
+    """Return what the weights take that come with vLLM: its own, and on a CPU those in shared memory too."""
+    num_bytes = int(sum(parameter.nbytes for parameter in model.parameters()))
+    return num_bytes if model.device.type == "cuda" else 2 * num_bytes

@@ -8,6 +8,7 @@ import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -68,6 +69,10 @@ class SharedWeights:
         """Copy a state in, from whatever device it is on."""
         for name, view in self._views.items():
             view.copy_(state[name])
+
+    def plain_places(self) -> list[list[Any]]:
+        """The fields of every place, as values that MessagePack has."""
+        return [[each.name, each.dtype, list(each.shape), each.offset_bytes] for each in self.places]
 
     def views(self) -> dict[str, torch.Tensor]:
         """The weights as they lie there, by name."""

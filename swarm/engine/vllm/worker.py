@@ -4,10 +4,11 @@ Three of vLLM's own extension points are used. A *logits processor* is told whic
 the parameters and the tokens that it has; `CounterNoise` keeps from that what `swarm.engine.torch.sampling` wants to
 know. A *worker extension* runs methods inside each worker: it puts a sampler in place that draws by that noise, so
 that a completion is the same tokens as from the torch engine, whatever shares the batch. A *weight transfer engine*
-receives new weights: here from memory that this process shares with the node.
+receives new weights: here from memory that this process shares with the node, on the host or on a GPU.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,10 @@ from vllm.v1.sample.logits_processor.interface import LogitsProcessor, MoveDirec
 from vllm.v1.sample.sampler import Sampler
 
 from swarm.engine.torch.sampling import Mode, sample
+from swarm.engine.vllm.adapters import unpacked
+from swarm.engine.vllm.handles import opened
 from swarm.engine.vllm.shared import SharedWeights, WeightPlace
+from swarm.lora import Adapter
 
 __all__ = ["TRANSFER_BACKEND", "CounterNoise", "CounterSampler", "SharedWeightTransfer", "WorkerExtension"]
 
@@ -101,17 +105,20 @@ class CounterSampler(Sampler):
 class SharedInitInfo(WeightTransferInitInfo):
     """Where the shared memory is."""
 
-    fd: int  # this process has it open
+    fd: int | None  # this process has it open; None: weights lie on a GPU, and each update says where
     places: list[list[Any]]  # fields of WeightPlace
 
 
 @dataclass
 class SharedUpdateInfo(WeightTransferUpdateInfo):
-    """Nothing: the new weights lie where the old ones were."""
+    """What an update brings beside the weights that lie in the shared memory of the host."""
+
+    handles: list[list[Any]] = field(default_factory=list)  # see `handles`
+    adapters: list[list[Any]] = field(default_factory=list)  # see `adapters`
 
 
 class SharedWeightTransfer(WeightTransferEngine[SharedInitInfo, SharedUpdateInfo]):
-    """Loads what lies in shared memory, and insists on every weight that the model has."""
+    """Loads what lies in shared memory, with adapters merged, and insists on every weight that the model has."""
 
     init_info_cls = SharedInitInfo
     update_info_cls = SharedUpdateInfo
@@ -119,7 +126,7 @@ class SharedWeightTransfer(WeightTransferEngine[SharedInitInfo, SharedUpdateInfo
     def init_transfer_engine(self, init_info: SharedInitInfo) -> None:
         """Map the memory."""
         places = (WeightPlace(name, dtype, tuple(shape), at) for name, dtype, shape, at in init_info.places)
-        self._weights = SharedWeights(init_info.fd, tuple(places))
+        self._weights = None if init_info.fd is None else SharedWeights(init_info.fd, tuple(places))
 
     def start_weight_update(self) -> None:
         """Bring the model's layers back to the shapes of a checkpoint."""
@@ -130,7 +137,11 @@ class SharedWeightTransfer(WeightTransferEngine[SharedInitInfo, SharedUpdateInfo
 
     def receive_weights(self, update_info: SharedUpdateInfo) -> None:
         """Load every weight. Raises RuntimeError where the model has one that was not among them."""
-        loaded = self.model.load_weights(self._weights.views().items())
+        if self._weights is None:
+            weights: Mapping[str, torch.Tensor] = opened(update_info.handles, self.device.index or 0)
+        else:
+            weights = self._weights.views()
+        loaded = self.model.load_weights(_merged(weights, unpacked(update_info.adapters, self.device)))
         missing = self._wanted - set(loaded)
         if missing:
             raise RuntimeError(f"weights that no tensor of the policy was loaded into: {sorted(missing)}")
@@ -149,7 +160,15 @@ class SharedWeightTransfer(WeightTransferEngine[SharedInitInfo, SharedUpdateInfo
 
     def shutdown(self) -> None:
         """Let go of the memory."""
-        self._weights.close()
+        if self._weights is not None:
+            self._weights.close()
+
+
+def _merged(weights: Mapping[str, torch.Tensor], adapters: Mapping[str, Adapter]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield every weight, one merged at a time."""
+    for name, weight in weights.items():
+        adapter = adapters.get(name)
+        yield name, weight if adapter is None else adapter.merged(weight.to(adapter.a.device))
 
 
 class WorkerExtension:

@@ -116,6 +116,8 @@ class NumberEngine:
     def load_policy(self, state: Mapping[str, torch.Tensor], version: int) -> None:
         self.weight = float(state["weight"][0])
 
+    def release_memory(self) -> None: ...
+
     def close(self) -> None: ...
 
 

@@ -3,15 +3,29 @@
 import os
 import threading
 
+import msgpack
 import pytest
 import torch
+from torch.storage import TypedStorage
 
 from swarm.config import EngineConfig, ModelConfig
-from swarm.engine.vllm.memory import bytes_per_token, kv_cache_bytes
+from swarm.devices import DeviceFacts
+from swarm.engine.vllm import adapters, memory
+from swarm.engine.vllm.handles import from_plain, plain
+from swarm.engine.vllm.host import _environment
+from swarm.engine.vllm.memory import bytes_per_token, kv_cache_bytes, memory_share
 from swarm.engine.vllm.pipe import Pipe
 from swarm.engine.vllm.shared import SharedWeights
 from swarm.errors import EngineError
+from swarm.lora import Adapter
 from swarm.policy import Policy, load_policy
+
+MIB = 2**20
+# what torch hands out for a weight on the GPU that it calls 3: [2, 3] from the 7th value of its memory on
+RECORDED = (
+    torch.Tensor, torch.Size([2, 3]), (3, 1), 7, TypedStorage, torch.bfloat16, 3,
+    b"\x00memory\xff", 2048, 512, False, b"counter", 4, b"event", True,
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -69,3 +83,48 @@ def test_a_kv_cache_that_does_not_fit_names_the_setting(tiny):
     assert kv_cache_bytes(tiny.model, EngineConfig(max_slots=4096, kv_cache_mb=64), 256) == 64 * 2**20
     with pytest.raises(EngineError, match=r"engine\.kv_cache_mb is 1: lower engine\.max_seq_len"):
         kv_cache_bytes(tiny.model, EngineConfig(kv_cache_mb=1), 4096)
+
+
+def test_a_kv_cache_leaves_the_trainer_half_of_what_is_free_beside_the_weights(tiny, monkeypatch):
+    facts = DeviceFacts("cpu", "CPU", 4000 * MIB, 400 * MIB, True, False)
+    monkeypatch.setattr(memory, "look_at", lambda _: facts)
+    num_bytes = sum(parameter.nbytes for parameter in tiny.model.parameters())
+    assert kv_cache_bytes(tiny.model, EngineConfig(max_slots=4096), 256) == (400 * MIB - 2 * num_bytes) // 2
+    assert memory_share(tiny.model, 100 * MIB) == pytest.approx((100 * MIB + 2 * num_bytes) / (4000 * MIB))
+    with pytest.raises(EngineError, match=r"500 MiB does not fit: .* lower engine\.kv_cache_mb"):
+        kv_cache_bytes(tiny.model, EngineConfig(max_slots=4096, kv_cache_mb=500), 256)
+
+
+def test_a_handle_is_plain_values_and_comes_out_on_the_other_process_device():
+    sent = msgpack.unpackb(msgpack.packb(plain(RECORDED)))
+    assert from_plain(sent, 0) == (*RECORDED[:6], 0, *RECORDED[7:])
+
+
+def test_adapters_cross_bit_for_bit():
+    a, b = torch.randn(2, 5), torch.randn(3, 2).to(torch.bfloat16).T.contiguous().T
+    given = {"layer.weight": Adapter(a, b, 0.5, is_transposed=True)}
+    (name, got), *others = adapters.unpacked(
+        msgpack.unpackb(msgpack.packb(adapters.packed(given))), torch.device("cpu")
+    ).items()
+    assert (name, got.scaling, got.is_transposed, others) == ("layer.weight", 0.5, True, [])
+    assert torch.equal(got.a, a)
+    assert torch.equal(got.b, b)
+    assert got.b.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("ours", "device", "theirs"),
+    [
+        ({}, "cpu", {}),
+        ({"CUDA_VISIBLE_DEVICES": "4,5"}, "cpu", {"CUDA_VISIBLE_DEVICES": "4,5"}),
+        ({}, "cuda:1", {"CUDA_VISIBLE_DEVICES": "1"}),
+        ({"CUDA_VISIBLE_DEVICES": "4, 5"}, "cuda:1", {"CUDA_VISIBLE_DEVICES": "5"}),
+        ({"HIP_VISIBLE_DEVICES": "2,0"}, "cuda:0", {"HIP_VISIBLE_DEVICES": "2"}),
+        ({"CUDA_VISIBLE_DEVICES": "6,7", "HIP_VISIBLE_DEVICES": "6,7"}, "cuda:1",
+         {"CUDA_VISIBLE_DEVICES": "7", "HIP_VISIBLE_DEVICES": "7"}),
+    ],
+)  # fmt: skip
+def test_vllm_sees_the_gpu_of_the_policy_alone(ours, device, theirs):
+    environment = _environment(ours, "/folder", torch.device(device))
+    assert {name: value for name, value in environment.items() if "VISIBLE" in name} == theirs
+    assert environment["TMPDIR"] == "/folder"
