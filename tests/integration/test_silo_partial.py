@@ -6,6 +6,7 @@ import time
 import pytest
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.no_cover
 ROUNDS = 16
 MACHINE = ("_s", "_per_s", "_bytes")
 EARLY = ("--set", "rollout.schedule=partial", "--set", "rollout.order=arrival", "--set", "rollout.stale_tokens=correct")
@@ -40,15 +41,15 @@ def assert_same_weights(workplace, one, other):
         assert found[name].numpy().tobytes() == tensor.numpy().tobytes(), name
 
 
-def finish(workplace, run_dir, *more):
-    done = workplace.run(*run_of(workplace, run_dir, *more))
+def finish(workplace, run, run_dir, *more):
+    done = run(*run_of(workplace, run_dir, *more))
     assert done.returncode == 0, done.stderr
     return workplace.rows(run_dir)
 
 
 def test_verified_partial_rollouts_teach_bit_for_bit_what_synchronous_ones_do(workplace):
-    plain = finish(workplace, "plain", "--set", "rollout.schedule=synchronous")
-    ahead = finish(workplace, "ahead", *AHEAD)
+    plain = finish(workplace, workplace.run, "plain", "--set", "rollout.schedule=synchronous")
+    ahead = finish(workplace, workplace.run_fork, "ahead", *AHEAD)
     assert sum(row["num_tokens_recycled"] for row in ahead) > 0
     assert sum(row["num_tokens_cut"] for row in ahead) > 0
     assert len({row["completion_length_mean"] for row in plain}) > 5, "lengths must vary"
@@ -58,11 +59,11 @@ def test_verified_partial_rollouts_teach_bit_for_bit_what_synchronous_ones_do(wo
 
 @pytest.mark.timeout(600)
 def test_a_killed_node_goes_on_with_its_partial_completions_bit_for_bit(workplace):
-    whole = finish(workplace, "whole", *EARLY)
+    whole = finish(workplace, workplace.run, "whole", *EARLY)
     assert max(row["staleness_max"] for row in whole) > 0
     rng, more = random.Random(6), []
     for target in (3, 10):
-        process = workplace.start(*run_of(workplace, "killed", *EARLY, *more))
+        process = workplace.fork(*run_of(workplace, "killed", *EARLY, *more))
         deadline = time.monotonic() + 120
         while len(workplace.rows("killed")) < target:
             assert process.poll() is None, process.communicate()
@@ -72,6 +73,6 @@ def test_a_killed_node_goes_on_with_its_partial_completions_bit_for_bit(workplac
         process.kill()
         process.communicate()
         more = ["--resume"]
-    killed = finish(workplace, "killed", *EARLY, "--resume")
+    killed = finish(workplace, workplace.run_fork, "killed", *EARLY, "--resume")
     assert steady(killed) == steady(whole)
     assert_same_weights(workplace, "killed", "whole")
