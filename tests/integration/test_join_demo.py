@@ -29,6 +29,7 @@ def test_the_demonstration_shows_what_each_learned_and_what_they_exchanged(workp
     assert "is not empty" in again.stderr
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_no_process_outlives_the_demonstration(workplace, number):
     demo = workplace.start("demo", "--nodes", "2", "--rounds", "100000", "--run-dir", "demo")

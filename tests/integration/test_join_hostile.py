@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from _processes import LiveSwarm
 
+pytestmark = pytest.mark.no_cover
 PEER = Path(__file__).with_name("hostile_node.py")
 MAX_SLOWDOWN = 1.2
 MAX_NODE_GROWTH_BYTES = 96 * 2**20  # a few bodies of 4 MiB, sent or arriving, and what malloc keeps of them

@@ -1,6 +1,6 @@
 """What a user can get wrong, typed at the real program: one line that names the fix, status 2, nothing left behind.
 
-Each command is typed at the program once, in a process of its own; what follows from it is asked of forks.
+Each command is typed at the program itself; some of what follows from it is asked of forks.
 """
 
 import json

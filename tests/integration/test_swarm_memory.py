@@ -163,6 +163,7 @@ def test_a_node_pulls_no_more_than_it_wants():
     simulate(main())
 
 
+@pytest.mark.no_cover
 def test_a_partition_of_sixteen_is_forgotten_half_a_minute_after_it_heals():
     async def main() -> None:
         swarm = Swarm()
@@ -385,6 +386,7 @@ def test_a_bootstrap_relays_and_pulls_nothing():
     simulate(main())
 
 
+@pytest.mark.no_cover
 def test_membership_alone_costs_little():
     """Nothing is published: what is left is the directory, greetings, pings and the search for groups."""
 

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Coroutine, Sequence
 from typing import Any
 
+import pytest
 from _attacker import Attacker, attack
 from _swarm import Node, Swarm, write_group
 
@@ -214,6 +215,7 @@ def measure_answers(nodes: Sequence[Node], askers: set[str]) -> list[float]:
     return spent_s
 
 
+@pytest.mark.no_cover
 def test_two_hundred_throwaway_identities_get_a_quarter_of_any_batch():
     async def main() -> None:
         swarm = Swarm()

@@ -24,6 +24,7 @@ def simulate(main: Coroutine[Any, Any, None]) -> None:
     virtual_time.run(main)
 
 
+@pytest.mark.no_cover
 def test_an_abused_directory_hides_nobody():
     async def main() -> None:
         swarm = Swarm()

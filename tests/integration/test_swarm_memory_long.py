@@ -12,6 +12,7 @@ from _swarm import Node, Swarm, write_group
 from protocol.transport import virtual_time
 from protocol.transport.memory import Faults
 
+pytestmark = pytest.mark.no_cover
 ROUND_S = 10.0
 NUM_EXTERNAL = 4
 

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 SIMULATE = """
 import asyncio, hashlib
@@ -35,6 +37,7 @@ virtual_time.run(main())
 """
 
 
+@pytest.mark.no_cover
 def test_two_simulations_of_one_seed_are_equal():
     outputs = []
     for hash_seed in ("0", "1"):  # which decides the order of sets

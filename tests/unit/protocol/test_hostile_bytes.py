@@ -14,6 +14,7 @@ NUM_FRAMES = 100_000  # for each decoder
 MAX_GROWTH_BYTES = 50 * 2**20
 
 
+@pytest.mark.no_cover
 def test_a_hundred_thousand_frames_for_each_decoder(fuzzing):
     script = Path(fuzzing.__file__)
     done = subprocess.run(
