@@ -27,6 +27,7 @@ DICTIONARY_BYTES = 8 * 2**10  # 32 KiB would save 1 % more, and the protocol's p
 NUM_ITEMS = 20  # of each task
 MAX_CHARS = 600  # of each question with its answer
 SEED = 77
+_MINOR_AT = 2  # where a record says its minor version
 
 
 def make_dictionary() -> bytes:
@@ -38,7 +39,9 @@ def make_dictionary() -> bytes:
             texts = [f"{items[index]['question']}\n{items[index]['answer']}"[:MAX_CHARS] for index in range(NUM_ITEMS)]
         for index, text in enumerate(texts):
             ref = TaskRef(GYM_PREFIX + name, digest(text), SEED, index)
-            samples.append(encode_group(SharedGroup(ref, (SharedCompletion(text, True),))))
+            sample = bytearray(encode_group(SharedGroup(ref, (SharedCompletion(text, True),))))
+            sample[_MINOR_AT] = 0  # the dictionary stays that of version 1.0
+            samples.append(sample)
     trained = zstandard.train_dictionary(DICTIONARY_BYTES, samples, k=60, d=6, level=12, dict_id=DICTIONARY_ID)
     return trained.as_bytes()
 
