@@ -41,7 +41,7 @@ def make_dictionary() -> bytes:
             ref = TaskRef(GYM_PREFIX + name, digest(text), SEED, index)
             sample = bytearray(encode_group(SharedGroup(ref, (SharedCompletion(text, True),))))
             sample[_MINOR_AT] = 0  # the dictionary stays that of version 1.0
-            samples.append(sample)
+            samples.append(bytes(sample))
     trained = zstandard.train_dictionary(DICTIONARY_BYTES, samples, k=60, d=6, level=12, dict_id=DICTIONARY_ID)
     return trained.as_bytes()
 
