@@ -6,11 +6,15 @@ the master weights. Parameters of lower precision (bf16) stay where they are as 
 they are rounded from the master weights, so that steps smaller than a bf16 digit add up instead of
 vanishing. Their gradients are added to the flat fp32 gradient as soon as the backward pass has one complete,
 and freed: microbatches then add up in fp32, and no second set of gradients exists.
+
+`sharding` has the same optimizer over weights that several processes share; both keep their state in one layout.
 """
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +22,88 @@ from torch import Tensor, nn
 from swarm.config import TrainerConfig
 from swarm.errors import CheckpointError
 
-__all__ = ["FlatAdamW"]
+__all__ = ["NORM_BLOCK", "FlatAdamW", "FlatLayout", "PolicyOptimizer"]
 
 _ALIGNMENT = 64  # elements: every parameter starts on a cache line, as kernels like it
-_NORM_BLOCK = 1 << 16  # elements summed in fp32 before their norms are, for accuracy
+NORM_BLOCK = 1 << 16  # elements summed in fp32 before their norms are, for accuracy
+
+
+class PolicyOptimizer(Protocol):
+    """What the trainer asks of whatever applies its steps. `FlatAdamW` has the whole policy in one process."""
+
+    @property
+    def layout(self) -> str:
+        """Digest of names and shapes, in order."""
+
+    def zero_grad(self) -> None:
+        """Forget all gradients."""
+
+    def grad_norm(self) -> Tensor:
+        """Return the global 2-norm of the gradient, a scalar."""
+
+    def step(self, learning_rate: float, grad_scale: float) -> None:
+        """Scale the gradient and apply one step."""
+
+    def snapshot(self) -> list[Tensor]:
+        """Return a copy of the parameters, in compute dtype, for `swapped`."""
+
+    def swapped(self, snapshot: Sequence[Tensor]) -> AbstractContextManager[None]:
+        """Let the model run on other weights while the block runs."""
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Return master weights and moments."""
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take back what `state_tensors` returned."""
+
+
+@dataclass(frozen=True, slots=True)
+class FlatLayout:
+    """Where parameters lie in a flat tensor: matrices, which are decayed, before vectors (norms, biases)."""
+
+    names: tuple[str, ...]
+    shapes: tuple[torch.Size, ...]
+    offsets: tuple[int, ...]
+    size: int
+    num_decayed: int
+
+    @classmethod
+    def of(cls, named_parameters: Sequence[tuple[str, nn.Parameter]]) -> tuple["FlatLayout", list[nn.Parameter]]:
+        """Return the layout, and the parameters in its order."""
+        ordered = sorted(named_parameters, key=lambda item: item[1].ndim < 2)
+        offsets, size, num_decayed = [], 0, 0
+        for _, parameter in ordered:
+            offsets.append(size)
+            size += -(-parameter.numel() // _ALIGNMENT) * _ALIGNMENT
+            num_decayed = size if parameter.ndim >= 2 else num_decayed
+        names, shapes = tuple(name for name, _ in ordered), tuple(parameter.shape for _, parameter in ordered)
+        return cls(names, shapes, tuple(offsets), size, num_decayed), [parameter for _, parameter in ordered]
+
+    @property
+    def digest(self) -> str:
+        """Digest of names and shapes, in order."""
+        text = repr([(name, tuple(shape)) for name, shape in zip(self.names, self.shapes, strict=True)])
+        return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+    @property
+    def parts(self) -> list[tuple[int, int]]:
+        """From where to where what is decayed lies, and what is not, as far as there is any."""
+        return [(low, high) for low, high in ((0, self.num_decayed), (self.num_decayed, self.size)) if low < high]
+
+    def numbers_in(self, low: int, high: int) -> list[int]:
+        """Return the numbers of the parameters that lie in a part."""
+        return [number for number, offset in enumerate(self.offsets) if low <= offset < high]
+
+    def decay(self, low: int, weight_decay: float) -> float:
+        """Return the weight decay of the part that begins there."""
+        return weight_decay if low < self.num_decayed else 0.0
+
+    def views(self, flat: Tensor) -> list[Tensor]:
+        """Return each parameter's place in a flat tensor."""
+        return [
+            flat[offset : offset + shape.numel()].view(shape)
+            for offset, shape in zip(self.offsets, self.shapes, strict=True)
+        ]
 
 
 class FlatAdamW:
@@ -29,27 +111,18 @@ class FlatAdamW:
 
     def __init__(self, named_parameters: Sequence[tuple[str, nn.Parameter]], config: TrainerConfig) -> None:
         """Take over the parameters. Matrices are decayed, vectors (norms, biases) are not."""
-        ordered = sorted(named_parameters, key=lambda item: item[1].ndim < 2)
-        self._parameters = [parameter for _, parameter in ordered]
+        self._flat, self._parameters = FlatLayout.of(named_parameters)
         device = self._parameters[0].device
-        offsets, size, num_decayed = [], 0, 0
-        for parameter in self._parameters:
-            offsets.append(size)
-            size += -(-parameter.numel() // _ALIGNMENT) * _ALIGNMENT
-            num_decayed = size if parameter.ndim >= 2 else num_decayed
-        self._layout = hashlib.sha256(repr([(name, tuple(p.shape)) for name, p in ordered]).encode()).hexdigest()[:32]
-        self._offsets = offsets
-        self._master = torch.zeros(size, device=device)
-        self._grad = torch.zeros(size, device=device)
-        self._master_views = self._views(self._master)
+        self._master = torch.zeros(self._flat.size, device=device)
+        self._grad = torch.zeros(self._flat.size, device=device)
+        self._master_views = self._flat.views(self._master)
         self._adopt_parameters()
-        parts = [(0, num_decayed, config.weight_decay), (num_decayed, size, 0.0)]
-        self._shards = [nn.Parameter(self._master[low:high]) for low, high, _ in parts if low < high]
-        for shard, (low, high, _) in zip(self._shards, [part for part in parts if part[0] < part[1]], strict=True):
+        self._shards = [nn.Parameter(self._master[low:high]) for low, high in self._flat.parts]
+        for shard, (low, high) in zip(self._shards, self._flat.parts, strict=True):
             shard.grad = self._grad[low:high]
         groups = [
-            {"params": [shard], "weight_decay": decay}
-            for shard, decay in zip(self._shards, [part[2] for part in parts if part[0] < part[1]], strict=True)
+            {"params": [shard], "weight_decay": self._flat.decay(low, config.weight_decay)}
+            for shard, (low, _) in zip(self._shards, self._flat.parts, strict=True)
         ]
         self._adamw = torch.optim.AdamW(
             groups,
@@ -65,15 +138,9 @@ class FlatAdamW:
                 "exp_avg_sq": torch.zeros_like(shard, requires_grad=False),
             }
 
-    def _views(self, flat: Tensor) -> list[Tensor]:
-        return [
-            flat[offset : offset + parameter.numel()].view(parameter.shape)
-            for offset, parameter in zip(self._offsets, self._parameters, strict=True)
-        ]
-
     def _adopt_parameters(self) -> None:
         """Copy the weights in; make fp32 parameters views, and route the gradients of the others."""
-        grad_views = self._views(self._grad)
+        grad_views = self._flat.views(self._grad)
         self._compute: list[Tensor] = []
         self._compute_masters: list[Tensor] = []
         for parameter, master, grad in zip(self._parameters, self._master_views, grad_views, strict=True):
@@ -89,7 +156,7 @@ class FlatAdamW:
     @property
     def layout(self) -> str:
         """Digest of names and shapes, in order."""
-        return self._layout
+        return self._flat.digest
 
     def zero_grad(self) -> None:
         """Forget all gradients."""
@@ -100,7 +167,7 @@ class FlatAdamW:
         if self._grad.device.type != "cpu":  # reductions there are split by their nature
             whole: Tensor = torch.linalg.vector_norm(self._grad)
             return whole
-        norms = torch._foreach_norm(torch.split(self._grad, _NORM_BLOCK))
+        norms = torch._foreach_norm(torch.split(self._grad, NORM_BLOCK))
         norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
         return norm
 

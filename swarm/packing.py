@@ -21,7 +21,17 @@ from torch import Tensor
 
 from swarm.types import TrainingGroup
 
-__all__ = ["CompletionRef", "PackedRow", "PaddedRows", "Part", "Span", "pack", "pad", "split_into_microbatches"]
+__all__ = [
+    "CompletionRef",
+    "PackedRow",
+    "PaddedRows",
+    "Part",
+    "Span",
+    "num_tokens_of",
+    "pack",
+    "pad",
+    "split_into_microbatches",
+]
 
 
 _MAX_PROMPT_RATIO = 1.25  # longest to shortest prompt of a microbatch
@@ -126,6 +136,16 @@ def split_into_microbatches(
         room = max_tokens - _num_tokens(num_prompt, [lengths[i] for i in part], shares_prompts)
         shortest_prompt = num_prompt
     return microbatches
+
+
+def num_tokens_of(groups: Sequence[TrainingGroup], parts: Sequence[Part], *, shares_prompts: bool) -> int:
+    """Return the tokens of a microbatch."""
+    total = 0
+    for part in parts:
+        group = groups[part.group]
+        lengths = [len(group.completion_ids[completion]) for completion in part.completions]
+        total += _num_tokens(len(group.prompt_ids), lengths, shares_prompts)
+    return total
 
 
 def _num_tokens(num_prompt: int, completion_lengths: Sequence[int], shares_prompts: bool) -> int:

@@ -7,12 +7,14 @@
     step       clip, AdamW on fp32 master weights, round the compute weights                (optimizer)
 
 The trainer owns the model that it is given: full weights are trained in place, and with LoRA adapters are put
-into it. Rewards, advantages and the choice of groups come from `sapo`; files are `checkpoint`'s.
+into it. Rewards, advantages and the choice of groups come from `sapo`; files are `checkpoint`'s. Where several
+processes share one policy, each has a `ShardedTrainer` (`sharded_trainer`).
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeAlias
 
 import torch
@@ -21,12 +23,12 @@ from torch import Tensor, nn
 from swarm.config import TrainerConfig
 from swarm.errors import CheckpointError, TrainingDiverged
 from swarm.fused import fuse
-from swarm.logprobs import logits_head, target_logprobs
 from swarm.lora import add_adapters, policy_state
 from swarm.loss import LossTerms, TokenTerms, policy_loss, token_weight
-from swarm.optimizer import FlatAdamW
-from swarm.packed_attention import supports_packed_attention, use_packed_attention
-from swarm.packing import PackedRow, PaddedRows, pack, pad, split_into_microbatches
+from swarm.optimizer import FlatAdamW, PolicyOptimizer
+from swarm.packed_attention import supports_packed_attention
+from swarm.packing import PackedRow, PaddedRows, Part, pack, pad, split_into_microbatches
+from swarm.row_logprobs import RowLogprobs
 from swarm.types import TrainingBatch, TrainingGroup
 
 __all__ = ["StatesObserver", "Trainer", "UpdateStats"]
@@ -64,6 +66,13 @@ class UpdateStats:
 class _Microbatch:
     row: PackedRow | PaddedRows
     terms: TokenTerms
+    counts: bool  # whether it is learned from here: elsewhere it is, and runs here to keep ranks in step
+
+
+@dataclass(frozen=True, slots=True)
+class _Minibatch:
+    microbatches: list[_Microbatch]
+    num_tokens: int  # completion tokens, those of other ranks included
 
 
 class Trainer:
@@ -85,7 +94,7 @@ class Trainer:
         if config.normalization == "dr_grpo" and not max_completion_tokens:
             raise ValueError("dr_grpo needs max_completion_tokens, the constant that it divides by")
         self._model, self._config = model, config
-        self._temperature, self._max_completion_tokens = temperature, max_completion_tokens or 1
+        self._max_completion_tokens = max_completion_tokens or 1
         if config.lora.rank:
             add_adapters(model, config.lora)
         model.eval()
@@ -94,13 +103,17 @@ class Trainer:
         if not trainable:
             raise ValueError("the model has no trainable weights")
         self._device = trainable[0][1].device
-        self._optimizer = FlatAdamW(trainable, config)
+        self._row_logprobs = RowLogprobs(model, temperature=temperature, chunk_tokens=config.logprob_chunk_tokens)
+        self._optimizer = self._make_optimizer(trainable)
         self._reference = self._optimizer.snapshot() if config.kl_coef else None
         self.observer: StatesObserver | None = None  # shown the last hidden states of every update's first pass
         self._policy_version = 0
         self._num_steps = 0
         self._num_nonfinite = 0
         self._num_nonfinite_in_a_row = 0
+
+    def _make_optimizer(self, trainable: Sequence[tuple[str, nn.Parameter]]) -> PolicyOptimizer:
+        return FlatAdamW(trainable, self._config)
 
     @property
     def policy_version(self) -> int:
@@ -132,7 +145,7 @@ class Trainer:
                 sums += step_sums
                 norm_sum += grad_norm
                 num_steps += 1
-                num_tokens_seen += sum(int(micro.row.targets.numel()) for micro in minibatch)
+                num_tokens_seen += minibatch.num_tokens
         self._policy_version += num_steps > 0
         loss, num_clipped, tis, kl, surprisal, mismatch, num_known = sums.tolist()
         per_step, per_token = max(1, num_steps), max(1, num_tokens_seen)
@@ -152,19 +165,23 @@ class Trainer:
             policy_version=self._policy_version,
         )
 
-    def _step(self, minibatch: Sequence[_Microbatch], shown: Sequence[TrainingGroup] | None) -> tuple[Tensor, float]:
+    def _step(self, minibatch: _Minibatch, shown: Sequence[TrainingGroup] | None) -> tuple[Tensor, float]:
         """Accumulate gradients and apply one optimizer step, or skip it. Returns sums and the gradient norm.
 
         shown: the batch's groups, where the observer is to see the hidden states.
         """
         self._optimizer.zero_grad()
-        parts = []
-        for micro in minibatch:
-            result = policy_loss(self._logprobs(micro.row, shown), micro.terms, self._config)
+        parts = [torch.zeros(_NUM_SUMS, device=self._device)]
+        for micro in minibatch.microbatches:
+            logprobs = self._logprobs(micro.row, shown if micro.counts else None)
+            if not micro.counts:
+                (logprobs.sum() * 0.0).backward()
+                continue
+            result = policy_loss(logprobs, micro.terms, self._config)
             result.loss.backward()
             parts.append(_sums(result))
         # Read once a step: each reading makes the host wait for the device.
-        sums = torch.stack(parts).to("cpu").sum(0, dtype=torch.float64)
+        sums = self._over_ranks(torch.stack(parts).to("cpu").sum(0, dtype=torch.float64))
         grad_norm = float(self._optimizer.grad_norm())
         if not (math.isfinite(grad_norm) and bool(sums.isfinite().all())):
             self._num_nonfinite += 1
@@ -180,11 +197,25 @@ class Trainer:
         self._num_steps += 1
         return sums, grad_norm
 
+    def _over_ranks(self, sums: Tensor) -> Tensor:
+        """Return what all processes that share the policy have added up, [_NUM_SUMS]; gradients likewise."""
+        return sums
+
     def _learning_rate(self, step: int) -> float:
         warmup = self._config.warmup_updates
         return self._config.learning_rate * (min(1.0, (step + 1) / warmup) if warmup else 1.0)
 
-    def _prepare(self, groups: Sequence[TrainingGroup]) -> list[list[_Microbatch]]:
+    def _own_microbatches(
+        self, groups: Sequence[TrainingGroup], chosen: Sequence[int], *, shares_prompts: bool
+    ) -> list[tuple[list[Part], bool]]:
+        """Return what this process runs of the chosen groups, and whether each microbatch counts here."""
+        max_tokens = self._config.max_tokens_per_microbatch
+        return [
+            (parts, True)
+            for parts in split_into_microbatches(groups, chosen, max_tokens, shares_prompts=shares_prompts)
+        ]
+
+    def _prepare(self, groups: Sequence[TrainingGroup]) -> list[_Minibatch]:
         """Lay out the batch: minibatches of microbatches. Every n-th group goes into the n-th minibatch."""
         longest = max((len(g.prompt_ids) + len(ids) for g in groups for ids in g.completion_ids), default=0)
         packs = supports_packed_attention(self._model, longest)
@@ -192,26 +223,27 @@ class Trainer:
         minibatches = []
         for first in range(num_minibatches):
             chosen = range(first, len(groups), num_minibatches)
-            microbatches = split_into_microbatches(
-                groups, chosen, self._config.max_tokens_per_microbatch, shares_prompts=packs
-            )
-            rows = [(pack if packs else pad)(groups, parts, self._device) for parts in microbatches]
             totals = [
                 len(ids) - _num_masked(groups[index], number)
                 for index in chosen
                 for number, ids in enumerate(groups[index].completion_ids)
             ]
-            minibatches.append([_Microbatch(row, self._terms(groups, row, len(totals), sum(totals))) for row in rows])
+            microbatches = []
+            for parts, counts in self._own_microbatches(groups, chosen, shares_prompts=packs):
+                row = (pack if packs else pad)(groups, parts, self._device)
+                microbatches.append(_Microbatch(row, self._terms(groups, row, len(totals), sum(totals)), counts))
+            num_tokens = sum(len(ids) for index in chosen for ids in groups[index].completion_ids)
+            minibatches.append(_Minibatch(microbatches, num_tokens))
         if self._reference is not None:
             with self._optimizer.swapped(self._reference), torch.no_grad():
-                for micro in (micro for minibatch in minibatches for micro in minibatch):
+                for micro in (micro for minibatch in minibatches for micro in minibatch.microbatches):
                     micro.terms = micro.terms.with_reference(self._logprobs(micro.row))
         return minibatches
 
-    def _record_old_logprobs(self, minibatches: Sequence[Sequence[_Microbatch]]) -> None:
+    def _record_old_logprobs(self, minibatches: Sequence[_Minibatch]) -> None:
         """Compute log-probabilities under the policy before the first step."""
         with torch.no_grad():
-            for micro in (micro for minibatch in minibatches for micro in minibatch):
+            for micro in (micro for minibatch in minibatches for micro in minibatch.microbatches):
                 micro.terms = micro.terms.with_old(self._logprobs(micro.row))
 
     def _terms(
@@ -260,22 +292,9 @@ class Trainer:
 
     def _logprobs(self, row: PackedRow | PaddedRows, shown: Sequence[TrainingGroup] | None = None) -> Tensor:
         """Return log-probabilities of the row's targets under the current weights, [num_targets], fp32."""
-        decoder = self._model.get_decoder()  # type: ignore[operator]
-        if isinstance(row, PackedRow):
-            with use_packed_attention(self._model, row):
-                output = decoder(input_ids=row.input_ids, position_ids=row.position_ids, use_cache=False)
-        else:
-            output = decoder(input_ids=row.input_ids, attention_mask=row.attention_mask, use_cache=False)
-        states = output.last_hidden_state.flatten(0, 1)  # [num_tokens, hidden]
-        if self.observer is not None and shown is not None:
-            self.observer(shown, row, states.detach())
-        return target_logprobs(
-            states.index_select(0, row.predictors),
-            logits_head(self._model),
-            row.targets,
-            temperature=self._temperature,
-            chunk_tokens=self._config.logprob_chunk_tokens,
-        )
+        observe = None if self.observer is None or shown is None else partial(self.observer, shown, row)
+        logprobs: Tensor = self._row_logprobs(row, observe)
+        return logprobs
 
     def policy_state(self) -> Mapping[str, Tensor]:
         """Return the policy's weights in compute dtype, under the names of the model's `state_dict`.
@@ -283,6 +302,10 @@ class Trainer:
         They are live: copy what is to outlast the next update. With LoRA it is an `AdaptedState`, which merges.
         """
         return policy_state(self._model)
+
+    def num_state_bytes(self) -> int:
+        """Return what `state_tensors` takes."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.state_tensors().values())
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Return what a resumed trainer needs: live tensors, good until the next update."""
@@ -306,14 +329,20 @@ class Trainer:
         if meta.get("layout") != self._optimizer.layout:
             raise CheckpointError("the checkpoint belongs to another model or LoRA setting: resume with its own")
         self._optimizer.load_state(tensors)
-        for number, tensor in enumerate(self._reference or ()):
-            if f"reference.{number}" not in tensors:
-                raise CheckpointError("the checkpoint has no reference policy: resume with trainer.kl_coef=0")
-            tensor.copy_(tensors[f"reference.{number}"])
+        self._load_reference(tensors)
         self._policy_version = int(meta["policy_version"])
         self._num_steps = int(meta["num_steps"])
         self._num_nonfinite = int(meta["num_nonfinite"])
         self._num_nonfinite_in_a_row = int(meta["num_nonfinite_in_a_row"])
+
+    def _load_reference(self, tensors: Mapping[str, Tensor]) -> None:
+        for number, tensor in enumerate(self._reference or ()):
+            tensor.copy_(self._reference_in(tensors, number))
+
+    def _reference_in(self, tensors: Mapping[str, Tensor], number: int) -> Tensor:
+        if f"reference.{number}" not in tensors:
+            raise CheckpointError("the checkpoint has no reference policy: resume with trainer.kl_coef=0")
+        return tensors[f"reference.{number}"]
 
 
 def _num_masked(group: TrainingGroup, completion: int) -> int:
