@@ -51,7 +51,8 @@ def _matplotlib_stand_ins() -> dict[str, ModuleType]:
 def import_reasoning_gym() -> ModuleType:
     """Import reasoning-gym without matplotlib, which one of its libraries imports for plots nobody draws.
 
-    That halves the start of every scoring process, and keeps matplotlib from writing caches there.
+    That halves the start of every scoring process, and keeps matplotlib from writing caches there. The compiler of
+    `bf`, which prints a dot for every pass, is made silent: stdout may carry a node's rows.
     """
     if "reasoning_gym" not in sys.modules and "matplotlib" not in sys.modules:
         sys.modules.update(_matplotlib_stand_ins())
@@ -61,7 +62,9 @@ def import_reasoning_gym() -> ModuleType:
             for name in _PLOT_MODULES:
                 del sys.modules[name]
     import reasoning_gym
+    from reasoning_gym.code.contrib.bfit.Compiler import Optimizer
 
+    vars(Optimizer)["print"] = lambda *_, **__: None
     return reasoning_gym  # type: ignore[no-any-return]
 
 

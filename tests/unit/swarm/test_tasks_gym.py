@@ -31,6 +31,12 @@ def test_the_right_answer_is_right_twice_and_junk_is_not(name):
     assert junk < 1.0
 
 
+@pytest.mark.parametrize("name", USABLE)
+def test_making_an_item_prints_nothing(name, capfd):
+    ReasoningGymSource(name, {}).question(5, 1)
+    assert capfd.readouterr().out == ""
+
+
 @pytest.mark.parametrize("name", sorted(REPLACEMENTS))
 def test_replacements_agree_with_the_originals_on_the_right_answers(name):
     source = ReasoningGymSource(name, {})
