@@ -20,6 +20,7 @@ from node.heap import limit_arenas
 from node.importing import importing
 from node.openmp import choose_waiting
 from node.options import RUNS, in_run_folder, layers_of, with_run, with_settings
+from node.torchrun import launch
 
 if TYPE_CHECKING:
     from node.config import RunConfig
@@ -31,12 +32,18 @@ __all__ = ["cli", "main", "run"]
 USER_ERROR = 2
 DIVERGED = 3
 INTERRUPTED = 130
+_SHARED = ("silo", "join")  # the commands that several processes can be one node of
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(version("swarm-node"), prog_name="swarm-node")
-def cli() -> None:
+@click.pass_context
+def cli(context: click.Context) -> None:
     """Train a language model by reinforcement learning on verifiable tasks, alone or in a swarm."""
+    if launch().is_shared and context.invoked_subcommand not in _SHARED:
+        raise click.UsageError(
+            f"torchrun starts {' and '.join(_SHARED)} alone: run {context.invoked_subcommand} by itself"
+        )
 
 
 @cli.command()
@@ -227,7 +234,8 @@ def _expected(error: Exception) -> int | None:
 
 
 def _fail(message: str, status: int) -> int:
-    click.echo(f"swarm-node: {' '.join(message.split())}", err=True)
+    if not launch().follows:  # whatever is wrong with the command line, the node itself says
+        click.echo(f"swarm-node: {' '.join(message.split())}", err=True)
     return status
 
 
@@ -235,4 +243,6 @@ def main() -> None:
     """Entry point of `swarm-node`."""
     choose_waiting()
     limit_arenas()
+    if launch().follows:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(run(sys.argv[1:]))

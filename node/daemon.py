@@ -6,7 +6,7 @@
 
 An asyncio loop owns the round; torch work runs in one worker thread, the disk is written by another, scoring
 runs in child processes. The order of shutdown: the engine drops what it holds, the disk is brought up to date,
-the swarm is left, the scoring processes end, the threads end.
+the swarm is left, the scoring processes end, those that train with this one end, the threads end.
 """
 
 import asyncio
@@ -130,6 +130,8 @@ class Node:
             self._parts.drafting.close()
             self._parts.scorer.close()
             self._parts.engine.close()
+            if self._parts.ranks is not None:
+                self._parts.ranks.close()
         self._torch.shutdown(wait=True)
 
     async def _round(self) -> None:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from node.torchrun import launch
+
 if TYPE_CHECKING:
     from node.config import RunConfig
     from node.layers import Layer
@@ -80,8 +82,13 @@ def in_run_folder(
 ) -> int:
     """Find the settings and the folder of a run, take the folder's lock, and run.
 
-    `defaults` are weaker than what a resumed run was saved with, which `saved_layer` may change.
+    `defaults` are weaker than what a resumed run was saved with, which `saved_layer` may change. Where another process
+    is the node, and has the folder, this one trains with it.
     """
+    if launch().follows:
+        from node.ranks import follow
+
+        return follow()
     from node.layers import read_toml, resolve
     from node.run_folder import RunFolder, newest_run, refuse_other_run
 

@@ -8,12 +8,13 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from node.config import RunConfig
 from node.interrupt import InterruptibleEngine
+from node.torchrun import launch
 from protocol.messages import TaskRef
 from swarm.drafting.drafting import Drafting, make_drafting
 from swarm.engine import choice
@@ -25,6 +26,9 @@ from swarm.scoring import Outcome, Score, ScoringPool
 from swarm.tasks import TaskSet, build_task_set
 from swarm.trainer import Trainer
 from swarm.types import RolloutGroup, Task
+
+if TYPE_CHECKING:
+    from node.ranks import Ranks
 
 __all__ = ["Parts", "Scorer", "build_parts", "make_engine", "make_rollouts", "make_trainer"]
 
@@ -61,6 +65,7 @@ class Parts:
     scorer: Scorer
     trainer: Trainer
     drafting: Drafting = field(default_factory=Drafting)
+    ranks: "Ranks | None" = None  # the processes that train with this one
 
 
 def build_parts(config: RunConfig, stopping: threading.Event, say: Callable[[str], None] = lambda _: None) -> Parts:
@@ -70,6 +75,12 @@ def build_parts(config: RunConfig, stopping: threading.Event, say: Callable[[str
     """
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
+    ranks = None
+    if launch().is_shared:
+        from node.ranks import Ranks, lead  # FSDP takes a while to import
+
+        ranks = Ranks()
+        config = ranks.placed(config)
     torch.manual_seed(config.seed)  # what has no stream of its own: the first values of LoRA adapters
     tasks = build_task_set(config.tasks, config.seed)
     scorer = ScoringPool(config.tasks, config.scoring)
@@ -80,7 +91,7 @@ def build_parts(config: RunConfig, stopping: threading.Event, say: Callable[[str
             chosen = choice.choose_for(config.engine, policy.model.device)
             say(f"engine: {chosen.backend}: {chosen.reason}")
             engine = make_engine(config, policy, tasks)
-            trainer = make_trainer(config, policy)
+            trainer = make_trainer(config, policy) if ranks is None else lead(ranks, config, policy)
             drafting = make_drafting(config.engine, engine, policy, trainer)
             scorer_started.result()
         except BaseException:
@@ -89,7 +100,9 @@ def build_parts(config: RunConfig, stopping: threading.Event, say: Callable[[str
             raise
     interruptible = InterruptibleEngine(engine, stopping, engine.max_seq_len)
     rollouts = make_rollouts(config, interruptible, policy, tasks)
-    return Parts(policy, tasks, interruptible, rollouts, scorer, trainer, drafting)
+    if ranks is not None:
+        say(f"trainer: {ranks.num_ranks} processes, {policy.model.device.type}")
+    return Parts(policy, tasks, interruptible, rollouts, scorer, trainer, drafting, ranks)
 
 
 def make_rollouts(config: RunConfig, engine: Engine, policy: Policy, tasks: TaskSet) -> RolloutCollector:
@@ -118,9 +131,9 @@ def _needed_seq_len(config: RunConfig, policy: Policy, tasks: TaskSet) -> int:
     return int(longest * _ROOM) + config.rollout.max_new_tokens
 
 
-def make_trainer(config: RunConfig, policy: Policy) -> Trainer:
+def make_trainer(config: RunConfig, policy: Policy, kind: type[Trainer] = Trainer) -> Trainer:
     """Start a trainer that owns the policy's model."""
-    return Trainer(
+    return kind(
         policy.model,
         config.trainer,
         temperature=config.rollout.temperature,

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from node.heap import give_back
@@ -188,28 +189,31 @@ class Recorder:
     def _expected_write_s(self, trainer: "Trainer") -> float:
         if self._write_s is not None:
             return self._write_s
-        num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in trainer.state_tensors().values())
-        return num_bytes / _SLOW_DISK_BYTES_PER_S
+        return trainer.num_state_bytes() / _SLOW_DISK_BYTES_PER_S
 
     def _begin_checkpoint(self, trainer: "Trainer") -> None:
         meta: dict[str, Any] = {**trainer.state_meta(), "rollouts": self._rollouts}
-        tensors = trainer.state_tensors()
+        beside: dict[str, Tensor] = {}
         if self._drafting is not None:
             meta["drafting"] = self._drafting.state_meta()
-            tensors |= {_DRAFTING + name: tensor for name, tensor in self._drafting.state_tensors().items()}
-        checkpoint = Checkpoint(self.last_round, tensors, meta)
-        loop = asyncio.get_running_loop()
-        self._checkpoint = loop.run_in_executor(self._disk, self._write_checkpoint, checkpoint)
+            beside = {_DRAFTING + name: tensor for name, tensor in self._drafting.state_tensors().items()}
+        write = partial(self._write_checkpoint, self.last_round, trainer, beside, meta)
+        self._checkpoint = asyncio.get_running_loop().run_in_executor(self._disk, write)
 
-    def _write_checkpoint(self, checkpoint: Checkpoint) -> None:
-        """Runs in the disk thread; no round is appended meanwhile, because the next update waits for this."""
+    def _write_checkpoint(
+        self, round_index: int, trainer: "Trainer", beside: "Mapping[str, Tensor]", meta: Mapping[str, Any]
+    ) -> None:
+        """Runs in the disk thread; no round is appended meanwhile, because the next update waits for this.
+
+        So does whatever else would ask the trainer: its tensors may have to be gathered from several processes.
+        """
         begin = self._clock()
         self._metrics.sync()
-        self._checkpoints.write(checkpoint)
+        self._checkpoints.write(Checkpoint(round_index, {**trainer.state_tensors(), **beside}, meta))
         self._journal.rotate()
         self._journal.drop_through(self._checkpoints.oldest_needed())
         self._last_checkpoint_at = self._clock()
-        self._last_checkpoint_round = checkpoint.round_index
+        self._last_checkpoint_round = round_index
         self._write_s = self._last_checkpoint_at - begin
         give_back()  # now and then, and beside the round
 

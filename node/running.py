@@ -27,6 +27,7 @@ from node.metrics import read_rows
 from node.run_folder import RunFolder, write_atomically
 from node.status import build_status, training_status
 from node.summary import model_label, print_summary, summarize, tasks_label, write_summary
+from node.torchrun import launch
 from swarm.errors import TrainingDiverged, UserError
 from swarm.models.presets import locate
 
@@ -66,6 +67,7 @@ def run_node(
     display.begin(RunInfo(command, model_label(config), tasks_label(config), config.rounds, str(folder.path)))
     try:
         with _terminated_early():
+            launch().check(config)
             locate(config.model.name)  # what can be known at once is said before anything is loaded
             from node.daemon import MOVING_AVERAGE_ROUNDS, Node
             from node.recorder import Recorder

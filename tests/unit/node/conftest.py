@@ -74,6 +74,9 @@ class NumberTrainer:
     def state_tensors(self) -> dict[str, torch.Tensor]:
         return {"weight": self.weight}
 
+    def num_state_bytes(self) -> int:
+        return self.weight.numel() * self.weight.element_size()
+
     def state_meta(self) -> dict[str, int]:
         return {"policy_version": self.policy_version}
 
@@ -213,6 +216,7 @@ class Harness:
                 scorer=NumberScorer(),
                 trainer=self.trainer,
                 drafting=self.drafting,
+                ranks=None,
             )
             return self.parts
 
