@@ -20,8 +20,8 @@ from swarm.types import TrainingBatch, TrainingGroup
 SCRIPT = Path(__file__).with_name("sharded_ranks.py")
 TEMPERATURE = 0.9
 COMMON = {"learning_rate": 1e-3, "weight_decay": 0.1, "max_tokens_per_microbatch": 40, "logprob_chunk_tokens": 16}
+PLAIN = TrainerConfig(**COMMON)
 CONFIGS = {
-    "plain": TrainerConfig(**COMMON),
     "minibatches": TrainerConfig(**COMMON, num_minibatches=2, num_epochs=2),
     "reference": TrainerConfig(**COMMON, kl_coef=0.1, normalization="grpo"),
     "lora": TrainerConfig(**COMMON, lora=LoraConfig(rank=4)),
@@ -44,9 +44,9 @@ def make_batch(seed, *, num_groups=3, advantage=1.4):
 
 
 # One group alone is one microbatch, or three: a process has none of its own, or they have unlike numbers.
-BATCHES = [make_batch(seed, num_groups=num) for seed, num in enumerate((3, 1, 5, 3))]
+BATCHES = [make_batch(seed, num_groups=num) for seed, num in enumerate((3, 1, 2))]
 NUM_FIRST = 2  # batches before the state is handed over
-BAD = make_batch(0, advantage=math.nan)
+BAD = make_batch(0, num_groups=1, advantage=math.nan)
 
 
 def make_model(dtype):
@@ -84,9 +84,9 @@ def alone():
 def shared(alone, tmp_path_factory):
     """What two processes make of the first batches, and of the others from where one process was."""
     scenarios = {
-        "bfloat16": {"config": CONFIGS["plain"], "dtype": "bfloat16", "batches": BATCHES[:NUM_FIRST]},
+        "bfloat16": {"config": PLAIN, "dtype": "bfloat16", "batches": BATCHES[:NUM_FIRST]},
         "restored": {"config": CONFIGS["reference"], "batches": [], "state": alone["reference"][1]["state"]},
-        "nonfinite": {"config": CONFIGS["plain"], "batches": [BATCHES[0], BAD, BAD, BATCHES[1], BAD, BAD, BAD]},
+        "nonfinite": {"config": PLAIN, "batches": [BATCHES[1], BAD, BAD, BATCHES[1], BAD, BAD, BAD]},
     }
     for name, config in CONFIGS.items():
         scenarios[f"{name} 0"] = {"config": config, "batches": BATCHES[:NUM_FIRST]}
@@ -142,7 +142,7 @@ def test_state_goes_through_two_processes_bit_for_bit(alone, shared):
 
 def test_in_bf16_they_train_as_one_does(shared):
     model = make_model("bfloat16")
-    trainer = Trainer(model, CONFIGS["plain"], temperature=TEMPERATURE)
+    trainer = Trainer(model, PLAIN, temperature=TEMPERATURE)
     expected = seen(trainer, [trainer.update(batch) for batch in BATCHES[:NUM_FIRST]])
     assert_same_training(shared["bfloat16"], expected, precision=0.02)
     assert shared["bfloat16"]["stats"][0].grad_norm == pytest.approx(expected["stats"][0].grad_norm, rel=1e-4)
