@@ -223,8 +223,9 @@ class EngineConfig(Section):
         description="exact speculative decoding; auto: where it pays; suffix, ngram, head: always, by this drafter",
     )
     kv_cache_mb: int = Field(
-        0, ge=0, description="vLLM's KV cache; 0: what max_slots need, at most half of what is free"
+        0, ge=0, description="vLLM's KV cache on each GPU; 0: what max_slots need, at most half of what is free"
     )
+    tensor_parallel_size: int = Field(1, ge=1, description="GPUs that vLLM spreads the policy over")
 
 
 class ScoringConfig(Section):

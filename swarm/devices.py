@@ -29,6 +29,7 @@ class Record:
     hip: str | None = None  # torch.version.hip
     capability: tuple[int, int] | None = None  # of a GPU; on ROCm torch makes one up from the architecture
     cpu: Mapping[str, bool | int | str] = field(default_factory=dict)  # torch.cpu.get_capabilities()
+    num_gpus: int = 0  # that torch sees
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +42,7 @@ class DeviceFacts:
     free_bytes: int  # of the memory that models and caches take
     has_fast_bf16: bool  # in hardware
     has_graphs: bool  # whether decode steps can be recorded
+    num_gpus: int = 0  # on this machine, of this kind
 
 
 def facts(record: Record) -> DeviceFacts:
@@ -53,7 +55,13 @@ def facts(record: Record) -> DeviceFacts:
     else:
         kind, has_bf16 = "cpu", bool(record.cpu.get("avx512_bf16") or record.cpu.get("amx_bf16"))
     return DeviceFacts(
-        kind, record.name, record.total_bytes, record.free_bytes, has_bf16, has_graphs=kind in ("cuda", "rocm")
+        kind,
+        record.name,
+        record.total_bytes,
+        record.free_bytes,
+        has_bf16,
+        has_graphs=kind in ("cuda", "rocm"),
+        num_gpus=record.num_gpus,
     )
 
 
@@ -63,7 +71,8 @@ def look_at(device: torch.device) -> DeviceFacts:
         free, total = torch.cuda.mem_get_info(device)
         properties = torch.cuda.get_device_properties(device)
         capability = (int(properties.major), int(properties.minor))
-        return facts(Record("cuda", properties.name, total, free, torch.version.hip, capability))
+        num_gpus = torch.cuda.device_count()
+        return facts(Record("cuda", properties.name, total, free, torch.version.hip, capability, num_gpus=num_gpus))
     memory = psutil.virtual_memory()
     if device.type == "mps":
         total = torch.mps.recommended_max_memory()

@@ -27,6 +27,16 @@ class EngineChoice:
 
 def choose_engine(config: EngineConfig, device: DeviceFacts, install: VllmInstall | None) -> EngineChoice:
     """Choose. Raises EngineError where the settings ask for a vLLM that cannot run here, or cannot do what they ask."""
+    choice = _choose(config, device, install)
+    size = config.tensor_parallel_size
+    if size > 1 and choice.backend != "vllm":
+        raise EngineError(f"engine.tensor_parallel_size={size} is for vLLM, not torch ({choice.reason}): set it to 1")
+    if size > max(1, device.num_gpus):
+        raise EngineError(f"engine.tensor_parallel_size={size}, and torch sees {device.num_gpus} GPUs: lower it")
+    return choice
+
+
+def _choose(config: EngineConfig, device: DeviceFacts, install: VllmInstall | None) -> EngineChoice:
     if config.backend == "torch":
         return EngineChoice("torch", "engine.backend names it")
     problem = why_not(install, device)

@@ -39,6 +39,7 @@ class ChildConfig(TypedDict):
     max_seq_len: int
     max_slots: int
     kv_cache_bytes: int
+    num_gpus: int  # that share the policy
     memory_share: float  # of a GPU: weights and KV cache; vLLM refuses to start where less is free
     num_threads: int
     weights_fd: int | None  # inherited, see `SharedWeights`; None where the weights are on a GPU
@@ -108,6 +109,7 @@ class _Driven:
                 max_num_batched_tokens=max(_PREFILL_TOKENS, config["max_seq_len"]),
                 kv_cache_memory_bytes=config["kv_cache_bytes"],
                 gpu_memory_utilization=config["memory_share"],
+                tensor_parallel_size=config["num_gpus"],
                 enable_sleep_mode=torch.cuda.is_available(),
                 enable_prefix_caching=True,
                 async_scheduling=False,
@@ -121,7 +123,7 @@ class _Driven:
             )
         )
         self._engine.collective_rpc("draw_by_counter")
-        info = {"fd": config["weights_fd"], "places": config["places"]}
+        info = {"pid": os.getpid(), "fd": config["weights_fd"], "places": config["places"]}
         self._engine.collective_rpc("init_weight_transfer_engine", args=(info,))
         self._held: set[str] = set()
         self._is_asleep = False

@@ -117,6 +117,7 @@ class VllmEngine(Engine):
             max_slots=config.max_slots,
             max_seq_len=self.max_seq_len,
             kv_cache_bytes=kv_cache_bytes(model, config, self.max_seq_len),
+            num_gpus=config.tensor_parallel_size,
         )
         self._waiting: deque[_Writing] = deque()
         self._running: dict[int, _Writing] = {}

@@ -31,6 +31,7 @@ __all__ = ["VllmHost"]
 
 _LOG_TAIL_BYTES = 4000
 _VISIBLE_DEVICES = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")  # ROCm heeds both
+_OF_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # vLLM's engine core runs in the process that we step
     "VLLM_USE_V2_MODEL_RUNNER": "0",  # the one whose sampler takes our noise
@@ -51,8 +52,12 @@ class VllmHost:
         max_slots: int,
         max_seq_len: int,
         kv_cache_bytes: int,
+        num_gpus: int = 1,
     ) -> None:
-        """Start the process and give it the weights of `model`. Raises EngineFailed where vLLM does not start."""
+        """Start the process and give it the weights of `model`. Raises EngineFailed where vLLM does not start.
+
+        num_gpus: that share the policy, by tensor parallelism; `kv_cache_bytes` is for each.
+        """
         state = model.state_dict()
         self._weights = None if model.device.type == "cuda" else SharedWeights.allocate(state)
         self._base: Mapping[str, torch.Tensor] = {}  # what lies in shared memory and stays as it is, beside adapters
@@ -70,7 +75,7 @@ class VllmHost:
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=self._log,
-            env=_environment(os.environ, self._folder.name, model.device),
+            env=_environment(os.environ, self._folder.name, model.device, num_gpus),
             pass_fds=theirs if self._weights is None else (*theirs, self._weights.fd),
             start_new_session=True,
         )
@@ -86,7 +91,8 @@ class VllmHost:
             max_seq_len=max_seq_len,
             max_slots=max_slots,
             kv_cache_bytes=kv_cache_bytes,
-            memory_share=memory_share(model, kv_cache_bytes),
+            memory_share=memory_share(model, kv_cache_bytes, num_gpus),
+            num_gpus=num_gpus,
             num_threads=torch.get_num_threads(),
             weights_fd=None if self._weights is None else self._weights.fd,
             places=[] if self._weights is None else self._weights.plain_places(),
@@ -147,20 +153,26 @@ class VllmHost:
         return value
 
 
-def _environment(ours: Mapping[str, str], folder: str, device: torch.device) -> dict[str, str]:
+def _environment(ours: Mapping[str, str], folder: str, device: torch.device, num_gpus: int = 1) -> dict[str, str]:
     """The node's environment, with what this use of vLLM needs; a log level that the user chose stays.
 
-    Temporary files go to `folder`. Of several GPUs vLLM takes the first that it sees: it sees the policy's alone.
+    Temporary files go to `folder`. Of several GPUs vLLM takes the first that it sees: it sees the policy's, and after
+    it as many others as share the policy. What torchrun says of the node's processes is not said of vLLM's.
     """
     environment = {**ours, **_ENVIRONMENT, "TMPDIR": folder}
+    for name in _OF_TORCHRUN:
+        environment.pop(name, None)
     environment["VLLM_LOGGING_LEVEL"] = ours.get("VLLM_LOGGING_LEVEL", environment["VLLM_LOGGING_LEVEL"])
     root = str(Path(__file__).resolve().parents[3])  # for a checkout that is not installed
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, ours.get("PYTHONPATH")]))
     if device.type == "cuda":
         index = torch.cuda.current_device() if device.index is None else device.index
         chosen = [name for name in _VISIBLE_DEVICES if ours.get(name)] or _VISIBLE_DEVICES[:1]
+        count = max(torch.cuda.device_count(), index + 1)
         for name in chosen:
-            environment[name] = ours[name].split(",")[index].strip() if ours.get(name) else str(index)
+            seen = ours[name].split(",") if ours.get(name) else [str(number) for number in range(count)]
+            others = [each for number, each in enumerate(seen) if number != index]
+            environment[name] = ",".join(each.strip() for each in (seen[index], *others)[:num_gpus])
     return environment
 
 

@@ -7,6 +7,7 @@ that a completion is the same tokens as from the torch engine, whatever shares t
 receives new weights: here from memory that this process shares with the node, on the host or on a GPU.
 """
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -105,7 +106,8 @@ class CounterSampler(Sampler):
 class SharedInitInfo(WeightTransferInitInfo):
     """Where the shared memory is."""
 
-    fd: int | None  # this process has it open; None: weights lie on a GPU, and each update says where
+    pid: int  # the engine process, whose child this is where several share the policy
+    fd: int | None  # it has it open; None: weights lie on a GPU, and each update says where
     places: list[list[Any]]  # fields of WeightPlace
 
 
@@ -126,7 +128,10 @@ class SharedWeightTransfer(WeightTransferEngine[SharedInitInfo, SharedUpdateInfo
     def init_transfer_engine(self, init_info: SharedInitInfo) -> None:
         """Map the memory."""
         places = (WeightPlace(name, dtype, tuple(shape), at) for name, dtype, shape, at in init_info.places)
-        self._weights = None if init_info.fd is None else SharedWeights(init_info.fd, tuple(places))
+        fd = init_info.fd
+        if fd is not None and os.getpid() != init_info.pid:
+            fd = os.open(f"/proc/{init_info.pid}/fd/{fd}", os.O_RDWR)
+        self._weights = None if fd is None else SharedWeights(fd, tuple(places))
 
     def start_weight_update(self) -> None:
         """Bring the model's layers back to the shapes of a checkpoint."""
@@ -138,7 +143,8 @@ class SharedWeightTransfer(WeightTransferEngine[SharedInitInfo, SharedUpdateInfo
     def receive_weights(self, update_info: SharedUpdateInfo) -> None:
         """Load every weight. Raises RuntimeError where the model has one that was not among them."""
         if self._weights is None:
-            weights: Mapping[str, torch.Tensor] = opened(update_info.handles, self.device.index or 0)
+            # The policy's GPU is the first that is seen here, whichever of several is this process's own.
+            weights: Mapping[str, torch.Tensor] = opened(update_info.handles, 0)
         else:
             weights = self._weights.views()
         loaded = self.model.load_weights(_merged(weights, unpacked(update_info.adapters, self.device)))

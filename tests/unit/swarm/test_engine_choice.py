@@ -58,6 +58,21 @@ def test_a_vllm_that_cannot_run_is_one_line_with_the_fix(device, install, messag
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("config", "device", "message"),
+    [
+        ({"tensor_parallel_size": 3}, replace(CUDA, num_gpus=2), "=3, and torch sees 2 GPUs: lower it"),
+        ({"tensor_parallel_size": 2, "backend": "torch"}, replace(CUDA, num_gpus=2), "for vLLM, not torch .*names it"),
+        ({"tensor_parallel_size": 2}, CPU, r"for vLLM, not torch \(it is the faster one on CPUs\): set it to 1"),
+    ],
+)
+def test_a_policy_is_spread_over_gpus_that_are_there_by_vllm_alone(config, device, message):
+    with pytest.raises(EngineError, match=message) as error:
+        choose_engine(EngineConfig(**config), device, FOR_CUDA)
+    assert "\n" not in str(error.value)
+    assert choose_engine(EngineConfig(tensor_parallel_size=2), replace(CUDA, num_gpus=2), FOR_CUDA).backend == "vllm"
+
+
 def test_vllm_does_not_speculate():
     with pytest.raises(EngineError, match=r"engine\.speculation=off"):
         choose_engine(EngineConfig(backend="vllm", speculation="ngram"), CUDA, FOR_CUDA)

@@ -2,6 +2,7 @@
 
 import os
 import threading
+from types import SimpleNamespace
 
 import msgpack
 import pytest
@@ -79,6 +80,21 @@ def test_the_kv_cache_is_what_the_slots_need(tiny):
     assert many == 5 * few
 
 
+def test_gpus_that_share_the_heads_share_cache_and_weights(tiny, monkeypatch):
+    heads = tiny.model.config.num_key_value_heads
+    assert bytes_per_token(tiny.model, heads) == bytes_per_token(tiny.model) / heads
+    assert bytes_per_token(tiny.model, 2 * heads) == bytes_per_token(tiny.model) / heads, "a head is not cut"
+    facts = DeviceFacts("cuda", "GPU", 4000 * MIB, 400 * MIB, True, True, num_gpus=2)
+    monkeypatch.setattr(memory, "look_at", lambda _: facts)
+    gpu = SimpleNamespace(
+        device=torch.device("cuda"), config=tiny.model.config, dtype=tiny.model.dtype, parameters=tiny.model.parameters
+    )
+    num_bytes = sum(parameter.nbytes for parameter in tiny.model.parameters())
+    config = EngineConfig(max_slots=1 << 20, tensor_parallel_size=2)
+    assert kv_cache_bytes(gpu, config, 256) == (400 * MIB - num_bytes // 2) // 2
+    assert memory_share(gpu, 100 * MIB, 2) == pytest.approx((100 * MIB + num_bytes // 2) / (4000 * MIB))
+
+
 def test_a_kv_cache_that_does_not_fit_names_the_setting(tiny):
     assert kv_cache_bytes(tiny.model, EngineConfig(max_slots=4096, kv_cache_mb=64), 256) == 64 * 2**20
     with pytest.raises(EngineError, match=r"engine\.kv_cache_mb is 1: lower engine\.max_seq_len"):
@@ -128,3 +144,13 @@ def test_vllm_sees_the_gpu_of_the_policy_alone(ours, device, theirs):
     environment = _environment(ours, "/folder", torch.device(device))
     assert {name: value for name, value in environment.items() if "VISIBLE" in name} == theirs
     assert environment["TMPDIR"] == "/folder"
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"), [({}, "1,0,2"), ({"CUDA_VISIBLE_DEVICES": "4, 5,6,7"}, "5,4,6"), ({"RANK": "0"}, "1,0,2")]
+)
+def test_of_several_gpus_that_share_the_policy_its_own_is_the_first(ours, theirs, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    environment = _environment(ours, "/folder", torch.device("cuda:1"), 3)
+    assert environment["CUDA_VISIBLE_DEVICES"] == theirs
+    assert "RANK" not in environment
