@@ -25,7 +25,7 @@ from torch import Tensor
 
 from node.config import RunConfig
 from node.parts import make_trainer
-from node.torchrun import LaunchError
+from node.torchrun import LaunchError, launch
 from swarm.errors import TrainingDiverged, UserError
 from swarm.policy import Policy, load_policy
 from swarm.sharded_trainer import ShardedTrainer
@@ -53,14 +53,7 @@ class Ranks:
 
     def placed(self, config: RunConfig) -> RunConfig:
         """Return the settings with this process's device. Raises LaunchError where there are too few GPUs."""
-        device = "cpu"
-        if config.model.device != "cpu" and torch.cuda.is_available():
-            if torch.cuda.device_count() < self.num_ranks:
-                raise LaunchError(
-                    f"torchrun starts {self.num_ranks} processes, and torch sees {torch.cuda.device_count()} GPUs: "
-                    f"--nproc-per-node {torch.cuda.device_count()}, or --set model.device=cpu"
-                )
-            device = f"cuda:{self.rank}"
+        device = launch().device(config.model.device, torch.cuda.device_count())
         return config.model_copy(update={"model": config.model.model_copy(update={"device": device})})
 
     @contextmanager

@@ -56,6 +56,17 @@ class Launch:
                 "set suffix, ngram or off under torchrun"
             )
 
+    def device(self, wanted: str, num_gpus: int) -> str:
+        """Return this process's device. Raises LaunchError where there are GPUs, and too few."""
+        if wanted == "cpu" or not num_gpus:
+            return "cpu" if wanted == "auto" else wanted
+        if num_gpus < self.num_here:
+            raise LaunchError(
+                f"torchrun starts {self.num_here} processes, and torch sees {num_gpus} GPUs: "
+                f"--nproc-per-node {num_gpus}, or --set model.device=cpu"
+            )
+        return f"cuda:{self.rank}"
+
 
 def launch(environment: Mapping[str, str] = os.environ) -> Launch:
     """Read the environment."""

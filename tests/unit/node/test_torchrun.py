@@ -38,3 +38,11 @@ def test_what_several_cannot_follow_is_one_line_with_the_fix(launched, settings,
 
 def test_what_they_can_follow_is_not_refused():
     TWO.check(RunConfig(model={"device": "cuda"}, engine={"speculation": "suffix"}))
+
+
+def test_each_process_has_a_gpu_of_its_own_where_there_are_any():
+    assert [Launch(rank, 2, 2).device("auto", 4) for rank in range(2)] == ["cuda:0", "cuda:1"]
+    assert TWO.device("cpu", 4) == TWO.device("auto", 0) == "cpu"
+    assert TWO.device("cuda", 0) == "cuda", "whoever loads the model says that there is none"
+    with pytest.raises(LaunchError, match=r"starts 2 processes, and torch sees 1 GPUs: --nproc-per-node 1, or"):
+        TWO.device("auto", 1)
