@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch._dynamo  # FSDP's first pass imports it, in every process
 import torch.distributed as dist
 import transformers.models.llama.modeling_llama  # noqa: F401
 
