@@ -34,7 +34,15 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "benchmarks")]
 
-from harness import Bar, PeerError, measure_roofline, peer_python, report, run_peer  # noqa: E402
+from harness import (  # noqa: E402
+    Bar,
+    PeerError,
+    best_of_rooflines,
+    measure_roofline,
+    peer_python,
+    report,
+    run_peer,
+)
 
 __all__ = ["Shape", "Workload", "limits"]
 
@@ -423,8 +431,7 @@ def main() -> None:
             limited += found
     except PeerError as error:
         raise SystemExit(f"error: a peer failed: {error}") from error
-    after = measure_roofline()
-    roofline = figures["roofline"] = {name: max(before[name], after[name]) for name in before}
+    roofline = figures["roofline"] = best_of_rooflines(before, measure_roofline())
     for figure, workload, shape in limited:
         add_limits(figure, workload, shape, roofline)
     report(figures, make_bars(figures))
