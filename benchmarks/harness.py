@@ -119,7 +119,7 @@ def measure_roofline(budget_s: float = 2.0) -> dict[str, float]:
 
 
 def best_of_rooflines(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, float]:
-    """Return the higher of each two rates: a machine that was idle, or is shared, at times shows half of what it can."""
+    """Return the higher of each two rates: a machine that was idle, or is shared, may show half of what it can."""
     return {name: max(before[name], after[name]) for name in before}
 
 
