@@ -69,8 +69,7 @@ class Launch:
 
 
 def launch(environment: Mapping[str, str] = os.environ) -> Launch:
-    """Read the environment."""
-    num_ranks = int(environment.get("WORLD_SIZE", "1"))
-    if num_ranks == 1:
+    """Read the environment. Only torchrun's counts: other launchers leave names like its own in containers."""
+    if "TORCHELASTIC_RUN_ID" not in environment:
         return Launch(0, 1, 1)
-    return Launch(int(environment["RANK"]), num_ranks, int(environment.get("LOCAL_WORLD_SIZE", num_ranks)))
+    return Launch(*(int(environment[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")))

@@ -119,13 +119,7 @@ class Member:
             local, self.announcements, self.store, self._admission, self.neighbours, relays_unscored=rescore is None
         )
         self.pulling = Pulling(
-            local,
-            self.announcements,
-            self.store,
-            self.pool,
-            self._admission,
-            self.neighbours,
-            self.gossip,
+            local, self.announcements, self.store, self.pool, self._admission, self.neighbours, self.gossip
         )
         shards = Shards(transport, config.swarm_id, timeout_s=config.request_timeout_s, rng=rng)
         self.upkeep = Upkeep(

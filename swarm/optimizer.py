@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from swarm.config import TrainerConfig
 from swarm.errors import CheckpointError
 
-__all__ = ["NORM_BLOCK", "FlatAdamW", "FlatLayout", "PolicyOptimizer"]
+__all__ = ["NORM_BLOCK", "FlatAdamW", "FlatLayout", "PolicyOptimizer", "step_at"]
 
 _ALIGNMENT = 64  # elements: every parameter starts on a cache line, as kernels like it
 NORM_BLOCK = 1 << 16  # elements summed in fp32 before their norms are, for accuracy
@@ -175,12 +175,7 @@ class FlatAdamW:
         """Scale the gradient, apply one step, and round the compute weights from the master weights."""
         if grad_scale != 1.0:
             self._grad.mul_(grad_scale)
-        for group in self._adamw.param_groups:
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(learning_rate)
-            else:
-                group["lr"] = learning_rate
-        self._adamw.step()
+        step_at(self._adamw, learning_rate)
         self._round_compute_weights()
 
     def _round_compute_weights(self) -> None:
@@ -221,6 +216,16 @@ class FlatAdamW:
         for name, tensor in own.items():
             tensor.copy_(tensors[name])
         self._round_compute_weights()
+
+
+def step_at(adamw: torch.optim.AdamW, learning_rate: float) -> None:
+    """Apply one step at a learning rate, which is a tensor where steps must not wait for the device."""
+    for group in adamw.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(learning_rate)
+        else:
+            group["lr"] = learning_rate
+    adamw.step()
 
 
 class _GradientMover:

@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from swarm.config import TrainerConfig
 from swarm.errors import CheckpointError, ModelError
-from swarm.optimizer import NORM_BLOCK, FlatAdamW, FlatLayout
+from swarm.optimizer import NORM_BLOCK, FlatAdamW, FlatLayout, step_at
 from swarm.row_logprobs import RowLogprobs
 
 __all__ = ["ReplicatedAdamW", "ShardedAdamW", "is_leader", "shard", "spread", "whole"]
@@ -147,12 +147,7 @@ class ShardedAdamW:
         """Scale the gradient and apply one step."""
         if grad_scale != 1.0:
             torch._foreach_mul_(self._local_grads(), grad_scale)
-        for group in self._adamw.param_groups:
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(learning_rate)
-            else:
-                group["lr"] = learning_rate
-        self._adamw.step()
+        step_at(self._adamw, learning_rate)
 
     def _local_grads(self) -> list[Tensor]:
         """Return this process's part of each gradient; of a weight that no pass has used it is zero."""

@@ -39,7 +39,8 @@ def free_port():
 
 def forked(workplace, *arguments):
     """Start the two processes as torchrun does, which is not there to end them."""
-    launch = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    launch = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    launch |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     return [workplace.fork(*arguments, RANK=str(rank), LOCAL_RANK=str(rank), **launch) for rank in range(2)]
 
 

@@ -6,15 +6,17 @@ from node.config import RunConfig
 from node.torchrun import Launch, LaunchError, launch
 
 TWO = Launch(0, 2, 2)
+STARTED = {"TORCHELASTIC_RUN_ID": "none"}  # by torchrun
 
 
 def test_a_process_alone_is_the_node_whatever_else_the_environment_says():
-    assert launch({}) == launch({"WORLD_SIZE": "1", "RANK": "0"}) == Launch(0, 1, 1)
+    assert launch({}) == launch({"WORLD_SIZE": "2"}) == launch({"WORLD_SIZE": "2", "RANK": "x"}) == Launch(0, 1, 1)
+    assert launch({**STARTED, "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "RANK": "0"}) == Launch(0, 1, 1)
     assert not launch({}).is_shared
 
 
 def test_of_several_the_first_is_the_node():
-    launches = [launch({"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": str(rank)}) for rank in range(2)]
+    launches = [launch({**STARTED, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": str(rank)}) for rank in range(2)]
     assert [one.follows for one in launches] == [False, True]
     assert all(one.is_shared for one in launches)
 
