@@ -22,7 +22,8 @@ from protocol.member import Member
 from protocol.shards import record_validator
 from protocol.transport.base import Transport, TransportError
 from protocol.transport.hivemind import HivemindTransport
-from protocol.transport.hivemind_settings import HivemindSettings, choose_ports
+from protocol.transport.hivemind_settings import HivemindSettings
+from protocol.transport.ports import choose_ports
 
 if TYPE_CHECKING:
     from collections.abc import Callable

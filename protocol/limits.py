@@ -14,6 +14,7 @@ __all__ = [
     "MAX_ANNOUNCE_REQUEST_BYTES",
     "MAX_BATCH_BYTES",
     "MAX_BLOOM_BYTES",
+    "MAX_BROADCAST_BYTES",
     "MAX_BLOOM_HASHES",
     "MAX_COMPLETIONS",
     "MAX_COMPLETION_BYTES",
@@ -92,6 +93,7 @@ MAX_RESPONSE_BYTES = 4 * 2**20  # any response: what every transport can carry
 MAX_OFFERS = 256  # announcements in one `announce` or in one response to `repair`
 MAX_ANNOUNCE_REQUEST_BYTES = 64 * 2**10  # an announcement of a few frames has 160 bytes: room for 256
 MAX_REPAIR_RESPONSE_BYTES = 64 * 2**10  # the same; whoever lacks more asks again
+MAX_BROADCAST_BYTES = MAX_ANNOUNCEMENT_BYTES + 64  # an announcement, and who holds the batch
 MAX_BLOOM_BYTES = 16 * 2**10  # the filter in `repair`: 10,000 announcements at 13 bits each, 0.2 % found by mistake
 MAX_BLOOM_HASHES = 16
 MAX_QUIET_S = 255  # for which a node may ask another to send it no announcements

@@ -16,12 +16,14 @@ from typing import Any
 
 from protocol.digests import check_frames
 from protocol.fields import Fields, open_record, write_record
+from protocol.identity import node_id_of, public_key_of
 from protocol.limits import (
     DIGEST_BYTES,
     MAX_ANNOUNCE_REQUEST_BYTES,
     MAX_ANNOUNCEMENT_BYTES,
     MAX_BLOOM_BYTES,
     MAX_BLOOM_HASHES,
+    MAX_BROADCAST_BYTES,
     MAX_FRAME_BYTES,
     MAX_FRAMES,
     MAX_HELLO_BYTES,
@@ -36,6 +38,7 @@ from protocol.limits import (
     MAX_REPAIR_RESPONSE_BYTES,
     MAX_SMALL_REQUEST_BYTES,
     MAX_SWARM_ID_BYTES,
+    PUBLIC_KEY_BYTES,
     ROOT_BYTES,
     SALT_BYTES,
 )
@@ -45,6 +48,7 @@ from protocol.wire import decode_node_record
 __all__ = [
     "AnnounceRequest",
     "AnnounceResponse",
+    "Broadcast",
     "Hello",
     "Offer",
     "PeersRequest",
@@ -56,6 +60,7 @@ __all__ = [
     "check_pull",
     "decode_announce_request",
     "decode_announce_response",
+    "decode_broadcast",
     "decode_hello",
     "decode_peers_request",
     "decode_peers_response",
@@ -65,6 +70,7 @@ __all__ = [
     "decode_repair_response",
     "encode_announce_request",
     "encode_announce_response",
+    "encode_broadcast",
     "encode_hello",
     "encode_peers_request",
     "encode_peers_response",
@@ -94,6 +100,14 @@ class Offer:
 
     encoded: bytes  # signed announcement, for `wire.decode_announcement`
     held: int  # 64-bit mask: bit i is set where the sender holds frame i; bits past the last frame mean nothing
+
+
+@dataclass(frozen=True, slots=True)
+class Broadcast:
+    """An announcement to all nodes. Nobody signs for the holder: whoever asks it in vain asks the author."""
+
+    encoded: bytes  # signed announcement, for `wire.decode_announcement`
+    holder: str  # node id of who holds the whole batch: its author, or whoever has brought it from elsewhere
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,6 +208,18 @@ def decode_announce_response(data: bytes) -> AnnounceResponse:
     """Return an announce response."""
     fields = open_record("announce response", data, num_fields=1, max_bytes=MAX_SMALL_REQUEST_BYTES, max_values=4)
     return AnnounceResponse(fields.integer("quiet_s", MAX_QUIET_S))
+
+
+def encode_broadcast(broadcast: Broadcast) -> bytes:
+    """Return a broadcast as bytes."""
+    return write_record("broadcast", [public_key_of(broadcast.holder), broadcast.encoded], MAX_BROADCAST_BYTES)
+
+
+def decode_broadcast(data: bytes) -> Broadcast:
+    """Return a broadcast, the announcement in it undecoded."""
+    fields = open_record("broadcast", data, num_fields=2, max_bytes=MAX_BROADCAST_BYTES, max_values=5)
+    holder = node_id_of(fields.binary("holder", PUBLIC_KEY_BYTES))
+    return Broadcast(fields.blob("announcement", MAX_ANNOUNCEMENT_BYTES), holder)
 
 
 def encode_pull_request(request: PullRequest) -> bytes:

@@ -7,6 +7,7 @@ What is *said* is trusted by its signature alone, never by who carried it.
     request   one frame to one peer, one frame back, both capped before they are read
     record    a signed value of at most `MAX_RECORD_VALUE_BYTES` under (key, owner), stored in the DHT until it expires
     connect   an address that a person typed, or a record told, becomes a peer that can be asked
+    broadcast where the transport has it: one small message to all nodes, which pass it on if they accept it
 
 `tests/contract/` holds every transport to this.
 """
@@ -14,14 +15,19 @@ What is *said* is trusted by its signature alone, never by who carried it.
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from enum import Enum
+from typing import Any
 
 from protocol.errors import ProtocolError
 
 __all__ = [
+    "MAX_BROADCAST_BYTES",
     "MAX_FRAME_BYTES",
     "MAX_RECORD_VALUE_BYTES",
     "ClockSkewed",
     "Handler",
+    "Judge",
+    "Judgement",
     "PeerUnreachable",
     "Record",
     "RecordValidator",
@@ -36,6 +42,7 @@ __all__ = [
 
 MAX_FRAME_BYTES = 4 * 2**20  # the largest request or response that any handler may allow
 MAX_RECORD_VALUE_BYTES = 1024  # a record in the DHT
+MAX_BROADCAST_BYTES = 4096  # a message to all nodes
 
 
 class TransportError(ProtocolError):
@@ -91,6 +98,17 @@ class RequestRefused(TransportError):
 Handler = Callable[[str, bytes], Awaitable[bytes]]  # (node id of the asker, request) -> response
 
 
+class Judgement(Enum):
+    """What becomes of a message that was broadcast."""
+
+    ACCEPT = "accept"  # passed on
+    IGNORE = "ignore"  # not passed on; nobody is to blame
+    REJECT = "reject"  # not passed on, and held against whoever passed it on to this node: no honest node does
+
+
+Judge = Callable[[str, bytes], Judgement]  # (node id of who passed it on, message); must not raise
+
+
 @dataclass(frozen=True, slots=True)
 class Record:
     """A value that its owner stored in the DHT."""
@@ -119,6 +137,10 @@ class Transport(ABC):
     """One node's connection to the others. All methods belong to the event loop that called `start`."""
 
     name: str  # "memory", "hivemind", ...: stands in node records, since transports do not interoperate
+    broadcasts: bool = False  # whether it has `broadcast`: known by its kind
+
+    def __init__(self) -> None:
+        self.on_found: Callable[[str], None] = lambda address: None  # told of addresses nearby; set before `start`
 
     @property
     @abstractmethod
@@ -142,6 +164,9 @@ class Transport(ABC):
         A request over `max_request_bytes` is refused with code "too_large" before it is read. The number of
         requests that are handled at one time is bounded, in all and per asker; beyond it the code is "busy".
         """
+
+    def hear(self, judge: Judge) -> None:  # noqa: B027  # nothing to do where nothing is broadcast
+        """Judge each message once that others broadcast. Called before `start`."""
 
     @abstractmethod
     async def start(self) -> None:
@@ -177,6 +202,14 @@ class Transport(ABC):
         Cancelling the call frees everything that it holds.
         """
 
+    async def broadcast(self, message: bytes) -> None:
+        """Send a message to all nodes, as far as peers pass it on; that it arrives is not promised.
+
+        Raises ValueError for one of more than MAX_BROADCAST_BYTES, TransportDown, and NotImplementedError where the
+        transport has no broadcasts.
+        """
+        raise NotImplementedError(f"{self.name} has no broadcasts")
+
     @abstractmethod
     async def store(self, key: bytes, value: bytes, expires_at: float) -> int:
         """Put the node's own record under a key; it replaces the node's earlier one. Returns how many nodes hold it.
@@ -187,3 +220,7 @@ class Transport(ABC):
     @abstractmethod
     async def lookup(self, key: bytes, *, timeout_s: float) -> Sequence[Record]:
         """Return the records under a key that pass the validator, in no order; none where nobody answers."""
+
+    def details(self) -> dict[str, Any]:
+        """What this kind of transport has to show beside `traffic`: plain data for statistics."""
+        return {}

@@ -80,8 +80,9 @@ class PendingCalls(dict[Any, "asyncio.Future[Any]"]):
 
 
 class Daemon(P2P):  # type: ignore[misc]  # hivemind has no types
-    """One p2pd process."""
+    """One p2pd process: a `session.Carrier`."""
 
+    what = "p2pd"
     folder: Path
     call_filter: CallFilter
     newest: "Daemon | None" = None  # of its class: how one is reached that hivemind failed to start

@@ -55,6 +55,7 @@ class MemoryTransport(Transport):
         max_requests: int = MAX_REQUESTS,
         max_requests_per_asker: int = MAX_REQUESTS_PER_ASKER,
     ) -> None:
+        super().__init__()
         self.network, self._node_id, self._validator = network, node_id, validator
         self._address = f"/memory/p2p/{peer_id_of(node_id)}"
         self._dispatcher = Dispatcher(max_requests=max_requests, max_requests_per_asker=max_requests_per_asker)

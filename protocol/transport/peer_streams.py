@@ -4,7 +4,8 @@ A stream of this side is closed when it has been idle for long, and opened anew 
 peers have opened there is a largest number; where a new one comes and there is no room, the one that has been idle
 longest is closed, and its peer asks on another when it needs one.
 
-How a stream is opened is the caller's: nothing here knows a network. All streams end with one p2pd, and this with them.
+How a stream is opened is the caller's: nothing here knows a network. All streams end with one carrier, and so does
+this.
 """
 
 import asyncio
@@ -17,7 +18,7 @@ from protocol.transport.base import PeerUnreachable, TransportError
 from protocol.transport.dispatch import Dispatcher
 from protocol.transport.mux import Tally
 
-__all__ = ["PeerStreams"]
+__all__ = ["PeerStreams", "Stream"]
 
 _T = TypeVar("_T")
 Stream = tuple[asyncio.StreamReader, asyncio.StreamWriter]

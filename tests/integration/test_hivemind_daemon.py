@@ -178,7 +178,7 @@ def transport(folder, **settings):
      ("/ip4/127.0.0.1/udp/0/quic",), ("/ip4/203.0.113.7/tcp/0",)],
 )  # fmt: skip
 def test_where_nobody_can_listen(tmp_path, listen, monkeypatch):
-    monkeypatch.setattr("protocol.transport.hivemind_settings._PORT_TIMEOUT_S", 0.1)
+    monkeypatch.setattr("protocol.transport.ports._PORT_TIMEOUT_S", 0.1)
     with pytest.raises(TransportError, match="listen") as error:
         asyncio.run(transport(tmp_path, listen=listen).start())
     assert "\n" not in str(error.value)

@@ -1,7 +1,7 @@
-"""Keeps p2pd running: watched, replaced when it has ended or hangs, connected again to the peers that it had.
+"""Keeps running what carries the bytes: watched, replaced when it ends or hangs, connected again to its peers.
 
-A p2pd has ended when its process has. It hangs when it does not answer twice in a row, or once where the kernel says
-that it is stopped. What opens a new one is the transport's.
+p2pd has ended when its process has, py-libp2p when its loop has. It hangs when it does not answer twice in a row, or
+once where the kernel says that it is stopped. What opens a new one is the transport's.
 """
 
 import asyncio
@@ -13,16 +13,16 @@ from typing import Any
 from protocol.errors import IdentityError
 from protocol.transport.base import PeerUnreachable, TransportDown, TransportError
 from protocol.transport.gate import Gate
-from protocol.transport.hivemind_session import Session
-from protocol.transport.hivemind_settings import choose_ports
 from protocol.transport.peer_id import node_id_of_peer_bytes, peer_id_of
+from protocol.transport.ports import choose_ports
+from protocol.transport.session import Session
 
 __all__ = ["PEER_ADDRESS", "Supervisor"]
 
-PING_INTERVAL_S = 2.0  # at which p2pd is asked for its addresses
+PING_INTERVAL_S = 2.0  # at which the carrier is asked for its addresses
 MIN_PING_INTERVAL_S = 0.2  # where strangers call
 PING_TIMEOUT_S = 3.0
-NUM_MISSED_PINGS = 2  # after which p2pd hangs
+NUM_MISSED_PINGS = 2  # after which it hangs
 RESTART_DELAYS_S = (0.0, 0.2, 0.5, 1.0, 2.0, 4.0, 8.0, 15.0)  # before each attempt; then the transport has failed
 REJOIN_TIMEOUT_S = 10.0
 MAX_KNOWN_PEERS = 64  # that are connected to again after a restart
@@ -31,23 +31,23 @@ PEER_ADDRESS = re.compile(r"(?P<target>/.+)/p2p/(?P<peer>[1-9A-HJ-NP-Za-km-z]{1,
 
 
 class Supervisor:
-    """The life of one node's p2pd."""
+    """The lives of one node's carrier."""
 
     def __init__(self, open_session: Callable[[], Awaitable[Session]], listen: tuple[str, ...], gate: Gate) -> None:
         self._open_session, self._listen, self._gate = open_session, listen, gate
-        self.session: Session | None = None  # None while p2pd is down
+        self.session: Session | None = None  # None while it is down
         self.addresses: tuple[str, ...] = ()
         self.num_restarts = 0
         self._known: OrderedDict[str, str] = OrderedDict()  # addresses by node id, of connected peers
         self._stranger = asyncio.Event()  # somebody called whose address is not known
 
     async def start(self) -> None:
-        """Start the first p2pd. Raises TransportError."""
+        """Start the first one. Raises TransportError."""
         self.session = await self._open_session()
         self.addresses = await self.session.daemon.visible_addresses()
 
     async def end(self) -> None:
-        """End p2pd, once `run` has ended."""
+        """End it, once `run` has ended."""
         session, self.session = self.session, None
         if session is not None:
             await session.end()
@@ -69,7 +69,7 @@ class Supervisor:
             self._stranger.set()
 
     async def run(self) -> None:
-        """Bring p2pd back when it ends or hangs. Ends by cancellation, or with the error when it does not come back."""
+        """Bring it back when it ends or hangs. Ends by cancellation, or with the error when it does not come back."""
         session = self.session
         while True:
             assert session is not None
@@ -82,7 +82,7 @@ class Supervisor:
                 session.spawn(self._rejoin(session, node_id, address))
 
     async def _watch(self, session: Session) -> bool:
-        """Return when p2pd has ended (False) or hangs (True); until then, keep addresses and known peers up to date."""
+        """Return when it has ended (False) or hangs (True); until then, keep addresses and known peers up to date."""
         ended = asyncio.create_task(session.daemon.wait_ended())
         num_missed = 0
         try:
