@@ -76,10 +76,11 @@ class Admission:
         self._seen: OrderedDict[bytes, float] = OrderedDict()  # content -> when, unix seconds
         self._unknown_in_a_row: OrderedDict[str, int] = OrderedDict()  # by author: groups of sources not known here
 
-    def announcement(self, encoded: bytes, teller: str, *, asked: bool) -> LiveBatch | None:
+    def announcement(self, encoded: bytes, teller: str, *, asked: bool, is_counted: bool = False) -> LiveBatch | None:
         """Check one announcement; return its batch, be it new or known, or None where it is refused.
 
-        `asked` says that this node asked for it, so that it does not count against what the teller may push.
+        `asked` says that this node asked for it, so that it does not count against what the teller may push;
+        `is_counted` that it has been counted against what newcomers may, on the other side of a bridge.
         """
         local, now_s = self._local, self._local.clock()
         local.counters.announcements_seen += 1
@@ -95,7 +96,8 @@ class Admission:
                 raise Refusal(Reason.BANNED)
             if not asked and not self._tellers.take(teller, now_s):
                 raise Refusal(Reason.QUOTA)
-            if not local.reputation.is_established(announcement.author, now_s) and not self._newcomers.take(now_s):
+            is_newcomer = not is_counted and not local.reputation.is_established(announcement.author, now_s)
+            if is_newcomer and not self._newcomers.take(now_s):
                 raise Refusal(Reason.QUOTA)
             verify_announcement(local.config.swarm_id, announcement)
         except Refusal as refusal:
@@ -143,6 +145,17 @@ class Admission:
                 self._note_unknown(author)
             return None
         return PoolEntry(key, author, created_at_s, group, frame, rescored.rewards, rescored.payload)
+
+    def is_well_formed(self, author: str, frame: bytes) -> bool:
+        """Whether a frame that its author has signed may be passed on by who does not score it; counted if not."""
+        try:
+            decode_frame(frame)
+        except Refusal as refusal:
+            if not refusal.reason.penalised:
+                return True  # a newer minor version: others may know it
+            self._local.refuse(refusal.reason, blame=author)
+            return False
+        return True
 
     def is_deferred(self, author: str) -> bool:
         """Whether an author's groups have lately all been of task sources that this node does not have."""

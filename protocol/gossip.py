@@ -138,6 +138,7 @@ class Gossip:
         self.num_unknown: Callable[[], int] = lambda: 0  # groups that are lacking, of which no frame is known
         self.num_lacking: Callable[[], int] = lambda: 0  # groups that are lacking, and not under way
         self.is_wanted: Callable[[str], bool] = lambda author: True  # whether its groups count as enough to hear
+        self.on_offer: Callable[[LiveBatch, str, int], None] = lambda batch, teller, held: None  # heard, maybe again
         self.on_news: Callable[[], None] = lambda: None  # frames have become known
         self._repair_now = asyncio.Event()
         self._fresh_links: list[str] = []  # neighbours that were not asked yet
@@ -151,8 +152,8 @@ class Gossip:
         self._local.tasks.spawn(self._repair_loop(), "repair")
         self._local.tasks.spawn(self._ping_loop(), "ping")
 
-    def announce_own(self, batch: LiveBatch) -> None:
-        """Tell a few neighbours of an own batch; where all have enough, one of them nevertheless."""
+    def announce(self, batch: LiveBatch) -> None:
+        """Tell a few neighbours of a batch that comes from here; where all have enough, one of them nevertheless."""
         now_s, config = self._local.clock(), self._local.config
         links = list(self._neighbours.ids.values())
         chosen = self._choose([link for link in links if link.quiet_until_s <= now_s], config.announce_fanout)
@@ -258,6 +259,7 @@ class Gossip:
             if batch is None:
                 continue
             self._announcements.hold(batch, teller, offer.held)
+            self.on_offer(batch, teller, offer.held & batch.all_frames)
             if self._local.counters.batches_heard > heard:
                 if self.is_wanted(batch.author):
                     self.appetite.heard(batch.author, len(batch.announcement.frame_sizes), self._local.clock())

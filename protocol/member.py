@@ -46,6 +46,7 @@ from protocol.shards import Shards
 from protocol.signing import sign_announcement, verify_node_record
 from protocol.status import status_of
 from protocol.store import FrameStore
+from protocol.tasks import first_of
 from protocol.transport.base import Transport
 from protocol.upkeep import Upkeep
 from protocol.wire import decode_node_record, encode_frame
@@ -82,10 +83,12 @@ class Member:
         state_path: Path | None,
         clock: Clock,
         rng: random.Random,
+        store: FrameStore | None = None,
     ) -> None:
         """`rescore` None makes a node that routes and relays, and neither pulls nor publishes: a bootstrap.
 
         The transport is not started yet; its validator is `shards.record_validator`'s. The member starts and closes it.
+        `store` is what frames are given from, where that is more than a store: a side of a bridge.
         """
         reputation = Reputation(
             half_life_s=config.half_life_s,
@@ -106,7 +109,7 @@ class Member:
             freshness_s=config.freshness_s,
         )
         local.on_ban.append(self.announcements.forget_author)
-        self.store = FrameStore(config.max_store_bytes)
+        self.store = store if store is not None else FrameStore(config.max_store_bytes)
         self.pool = Pool(
             max_groups=max(MIN_POOL_GROUPS, MAX_RESERVE_FACTOR * config.reserve_groups),
             max_author_share=config.max_author_share,
@@ -114,12 +117,12 @@ class Member:
             freshness_s=config.freshness_s,
             rng=rng,
         )
-        self._admission = Admission(local, self.announcements, rescore)
+        self.admission = Admission(local, self.announcements, rescore)
         self.gossip = Gossip(
-            local, self.announcements, self.store, self._admission, self.neighbours, relays_unscored=rescore is None
+            local, self.announcements, self.store, self.admission, self.neighbours, relays_unscored=rescore is None
         )
         self.pulling = Pulling(
-            local, self.announcements, self.store, self.pool, self._admission, self.neighbours, self.gossip
+            local, self.announcements, self.store, self.pool, self.admission, self.neighbours, self.gossip
         )
         shards = Shards(transport, config.swarm_id, timeout_s=config.request_timeout_s, rng=rng)
         self.upkeep = Upkeep(
@@ -172,16 +175,7 @@ class Member:
 
     async def wait_failed(self) -> None:
         """Return never; raise what has killed a background task or the transport."""
-        waits = [
-            asyncio.ensure_future(self.local.tasks.wait_failed()),
-            asyncio.ensure_future(self.local.transport.wait_failed()),
-        ]
-        try:
-            done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-            done.pop().result()
-        finally:
-            for wait in waits:
-                wait.cancel()
+        await first_of(self.local.tasks.wait_failed(), self.local.transport.wait_failed())
 
     async def publish(self, groups: Sequence[SharedGroup], authors: Sequence[Collection[int]] | None = None) -> None:
         """Offer own groups to the swarm. A group over a limit of the protocol is left out, and counted as refused.
@@ -196,7 +190,7 @@ class Member:
             except Refusal as refusal:
                 self.local.refuse(refusal.reason)
                 continue
-            self._admission.note_own(group)
+            self.admission.note_own(group)
             self._count_published(len(group.completions))
             if len(frames) == MAX_FRAMES or sum(map(len, frames)) + len(frame) > MAX_BATCH_BYTES:
                 self._publish(frames, versions)
@@ -225,7 +219,7 @@ class Member:
         self.store.add_own(announcement.root, leaves, frames, now_s + self.config.freshness_s)
         local.counters.batches_published += 1
         local.counters.groups_published += len(frames)
-        self.gossip.announce_own(batch)
+        self.gossip.announce(batch)
 
     def sample(self, num_groups: int, *, num_left: int = 0, weight: Weight | None = None) -> list[ExternalGroup]:
         """Draw unused groups by SAPO's rule; fewer than asked for where fewer are there. Waits for nothing.
@@ -286,7 +280,7 @@ class Member:
             "peers": [r.encoded for r in self.directory.worth_remembering(self.config.max_remembered_peers)],
             "reputation": self.local.reputation.state(),
             "authors": self.announcements.state(),
-            "seen": self._admission.seen(),
+            "seen": self.admission.seen(),
             "pool": [[entry.author, entry.created_at_s, entry.frame] for entry in self.pool.entries()],
         }
 
@@ -299,12 +293,12 @@ class Member:
         self._sequence = state["sequence"] + int(2000 * self.config.save_s)
         self.local.reputation.restore(state["reputation"])
         self.announcements.restore(state["authors"])
-        self._admission.restore_seen(state["seen"])
+        self.admission.restore_seen(state["seen"])
         for encoded in state["peers"]:
             record = decode_node_record(encoded)
             verify_node_record(self.config.swarm_id, record)
             self.directory.add(record, REMEMBERED, now_s)
         # After a crash nobody knows which of the saved groups were used since: none is used again.
         for author, created_at_s, frame in state["pool"] if self._scores and state["closed"] else ():
-            self._admission.allow_again(frame)
+            self.admission.allow_again(frame)
             self.pulling.enqueue(RescoreJob(author, created_at_s, frame, leaf_of(frame)))

@@ -13,7 +13,7 @@ nobody. What is worth pulling is `planning`'s to say.
 
 import asyncio
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 from protocol.admission import Admission
@@ -91,6 +91,7 @@ class Pulling:
         self._served = Quotas(config.max_served_bytes_per_s, config.max_served_bytes_per_s * _SERVED_BURST_S, 1024)
         self._hungry, self._work = asyncio.Event(), asyncio.Event()
         self._started = False
+        self.bring: Callable[[str, PullRequest], Awaitable[None]] = _bring_nothing  # into the store, for an asker
         local.transport.handle("pull", self._handle_pull, max_request_bytes=MAX_PULL_REQUEST_BYTES)
 
     def start(self) -> None:
@@ -200,7 +201,7 @@ class Pulling:
                     break
                 asked.add(holder)
                 pull.holder = holder
-                answer = await self._ask(holder, batch, sorted(wanted))
+                answer = await self.ask(holder, batch, sorted(wanted), self._local.config.pull_timeout_s)
                 if answer is not None:
                     leaves, frames = answer
                     wanted.difference_update(frames)  # the set that the pull is counted by
@@ -225,9 +226,7 @@ class Pulling:
         config = self._local.config
         if self._num_slow_frames + len(pull.wanted) > MAX_SLOW_FACTOR * max(self.reserve, config.num_pulls):
             return
-        now_s = self._local.clock()
-        self._slow_until_s = {holder: s for holder, s in self._slow_until_s.items() if s > now_s}
-        self._slow_until_s[pull.holder] = now_s + SLOW_FOR_S
+        self._ask_last(pull.holder)
         self._release(pull)
         pull.counts = False
         pull.num_slow = len(pull.wanted)
@@ -239,11 +238,16 @@ class Pulling:
         self._under_way[pull.batch.author] -= len(pull.wanted)
         self._forget_nobody(pull.batch.author)
 
+    def _ask_last(self, holder: str) -> None:
+        now_s = self._local.clock()
+        self._slow_until_s = {holder: s for holder, s in self._slow_until_s.items() if s > now_s}
+        self._slow_until_s[holder] = now_s + SLOW_FOR_S
+
     def _is_slow(self, node_id: str) -> bool:
         return self._slow_until_s.get(node_id, 0.0) > self._local.clock()
 
-    async def _ask(
-        self, holder: str, batch: LiveBatch, numbers: list[int]
+    async def ask(
+        self, holder: str, batch: LiveBatch, numbers: list[int], timeout_s: float
     ) -> tuple[tuple[bytes, ...], dict[int, bytes]] | None:
         """Ask one holder; return the digests of the batch and the frames that it gave, or None."""
         local = self._local
@@ -254,7 +258,7 @@ class Pulling:
                 "pull",
                 encode_pull_request(request),
                 max_response_bytes=min(MAX_PULL_RESPONSE_BYTES, max_pull_response_bytes(batch.announcement, numbers)),
-                timeout_s=local.config.pull_timeout_s,
+                timeout_s=timeout_s,
             )
             response = decode_pull_response(data)
             frames = check_pull(batch.announcement, numbers, response)
@@ -268,6 +272,8 @@ class Pulling:
             if not isinstance(error, RequestRefused):
                 local.reputation.unresponsive(holder, local.clock())
                 self._neighbours.failed(holder)
+                if holder not in self._neighbours.ids:  # gone, or beyond a bridge
+                    self._ask_last(holder)
             return None
         local.reputation.served(holder, local.clock())
         local.counters.frames_pulled += len(frames)
@@ -368,6 +374,7 @@ class Pulling:
             request = decode_pull_request(payload)
         except Refusal as refusal:
             raise local.refuse_malformed(refusal, asker) from None
+        await self.bring(asker, request)
         held = self._store.get(request.root)
         if held is None:
             raise local.refuse_request(Reason.NOT_HELD)
@@ -381,6 +388,10 @@ class Pulling:
             raise local.refuse_request(Reason.QUOTA, "more frames than one peer may have at a time; ask again later")
         local.counters.frames_served += len(frames)
         return encode_pull_response(PullResponse(held.digests, frames))
+
+
+async def _bring_nothing(asker: str, request: PullRequest) -> None:
+    """Give what is held."""
 
 
 def _mask(numbers: Sequence[int] | set[int] | dict[int, bytes]) -> int:

@@ -12,7 +12,7 @@ use. A DHT or a neighbour that does not answer is a fact of life: it is counted,
 
 import asyncio
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from protocol.announcements import Announcements
 from protocol.directory import MAX_TOLD_AGE_S, Directory
@@ -73,6 +73,8 @@ class Upkeep:
         self._linked = asyncio.Event()  # there is, or was, a neighbour
         self._not_asked: list[str] = []  # neighbours that were not asked whom they know, since they became that
         neighbours.on_link.append(self._note_link)
+        # Records of nodes beyond a bridge, at most so many, for who only looks.
+        self.tell_beyond: Callable[[int], list[NodeRecord]] = lambda max_records: []
         self.num_holders = 0  # nodes that hold the own record, as the DHT says
         local.transport.handle("peers", self._handle_peers, max_request_bytes=MAX_SMALL_REQUEST_BYTES)
 
@@ -213,6 +215,9 @@ class Upkeep:
         except Refusal as refusal:
             raise local.refuse_malformed(refusal, asker) from None
         records = self._directory.tell(request.max_records, now_s, exclude=asker, near=self._neighbours.ids)
+        if asker not in self._neighbours.ids:  # who looks at the swarm; a neighbour looks for whom it can connect to
+            beyond = self.tell_beyond(request.max_records // 2)
+            records = [*records[: request.max_records - len(beyond)], *beyond]
         return encode_peers_response(PeersResponse(tuple(record.encoded for record in records)))
 
 
