@@ -150,9 +150,7 @@ def make_drafting(config: EngineConfig, engine: Engine, policy: "Policy", traine
 
     Raises ModelError where the settings ask for it alone and no such drafter fits the model.
     """
-    from swarm.engine.torch import TorchEngine
-
-    if config.speculation == "off" or not isinstance(engine, TorchEngine):
+    if config.speculation == "off" or not engine.speculates:
         return Drafting()
     if config.speculation not in ("auto", "head"):
         return Drafting(engine.speculator)

@@ -7,17 +7,18 @@ Nothing is done for a step that is decoded plainly: sequences are caught up with
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from swarm.drafting.base import Drafter, Drawing, Seen, SequenceState
 from swarm.drafting.ngram import NgramDrafter
 from swarm.drafting.suffix import SuffixDrafter
 from swarm.drafting.tuner import OFF, Strategy, StrategyTuner
 
-__all__ = ["DraftCounts", "Speculator", "make_speculator"]
+__all__ = ["MAX_DEPTH", "DraftCounts", "Speculator", "make_speculator"]
 
 _FIXED = (8, 32)  # depth, and tokens to verify in a step, where a drafter is always on
 _TUNED = ((4, 8), (8, 16), (12, 32))  # what the tuner chooses from, for each drafter
+MAX_DEPTH: Final = max(depth for depth, _ in (_FIXED, *_TUNED))  # tokens of the longest draft
 
 
 @dataclass(slots=True)
@@ -87,10 +88,14 @@ class Speculator:
         """Whether the chosen drafter has what it needs; see Drafter."""
         return self.drafters[self._chosen.drafter].can_draft(states)
 
-    def propose(self, states: Sequence[SequenceState]) -> list[list[int]]:
-        """Return the drafts of the chosen strategy."""
+    def propose(self, states: Sequence[SequenceState], vocab_size: int) -> list[list[int]]:
+        """Return the drafts of the chosen strategy. Raises ValueError for one that no engine could verify: a bug."""
         chosen = self._chosen
-        return self.drafters[chosen.drafter].propose(states, chosen.depth, chosen.num_verified)
+        drafts = self.drafters[chosen.drafter].propose(states, chosen.depth, chosen.num_verified)
+        for state, draft in zip(states, drafts, strict=True):
+            if len(draft) > state.room or min(draft, default=0) < 0 or max(draft, default=0) >= vocab_size:
+                raise ValueError(f"a drafter proposes {list(draft)}, where {state.room} tokens of the vocabulary fit")
+        return drafts
 
     def verified(self, state: SequenceState, draft: Sequence[int], num_kept: int) -> None:
         """Learn how a draft fared."""

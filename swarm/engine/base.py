@@ -15,6 +15,8 @@ from swarm.types import Completion, Segment
 if TYPE_CHECKING:
     import torch
 
+    from swarm.drafting.speculator import Speculator
+
 __all__ = [
     "Engine",
     "EngineStats",
@@ -85,6 +87,8 @@ class Engine(ABC):
     """
 
     verifies_drafts: ClassVar[bool] = False
+    speculates: ClassVar[bool] = False  # whether it asks a `speculator` for drafts, where it has one
+    speculator: "Speculator | None" = None
     step_cost_tokens: float = 300.0  # decoding so many tokens takes about as long as a step does beside its tokens
     max_seq_len: int = 2**31  # longest prompt and budget of one request, in tokens
     stats: EngineStats

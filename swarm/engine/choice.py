@@ -43,14 +43,9 @@ def _choose(config: EngineConfig, device: DeviceFacts, install: VllmInstall | No
     if config.backend == "vllm":
         if problem is not None:
             raise EngineError(problem)
-        if config.speculation != "off":
-            raise EngineError(
-                f"the vLLM engine does not speculate: set engine.speculation=off, not {config.speculation}, "
-                "or engine.backend=torch"
-            )
         return EngineChoice("vllm", "engine.backend names it")
     if config.speculation != "off":
-        return EngineChoice("torch", "engine.speculation asks for it")
+        return EngineChoice("torch", "engine.speculation is on, which has been measured with it alone")
     if device.kind == "cpu":
         return EngineChoice("torch", "it is the faster one on CPUs")
     if problem is not None:

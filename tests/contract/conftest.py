@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Co
 
 from swarm.config import EngineConfig
 from swarm.devices import look_at
-from swarm.drafting.speculator import Speculator
+from swarm.drafting.speculator import MAX_DEPTH, Speculator
 from swarm.engine.base import Engine
 from swarm.engine.torch import TorchEngine
 from swarm.engine.torch.generic import GenericRunner
@@ -40,6 +40,7 @@ FAMILIES = {
     # vLLM's attention on CPUs has no heads of 16 values
     "llama-wide": lambda: LlamaConfig(vocab_size=203, head_dim=32, **_SIZES),
 }
+SPECULATING_FAMILY = "llama-wide"  # whose vLLM process makes room for drafts; the others run as without speculation
 DEVICE = torch.device(os.environ.get("SWARM_TEST_DEVICE", "cpu"))
 ON_CPU = DEVICE.type == "cpu"
 
@@ -119,6 +120,11 @@ class Kind:
         return self.setup.batch_invariant
 
     @property
+    def speculates(self) -> bool:
+        """Whether it was started so that drafters may be given to it."""
+        return self.setup.is_torch or self.family == SPECULATING_FAMILY
+
+    @property
     def shares_prefills(self) -> bool:
         """Whether equal prompts that start together are computed once, however short they are."""
         return self.setup.is_torch
@@ -147,7 +153,7 @@ class Kind:
         setup = self.setup
         if not setup.is_torch:
             return shared_process(self.family, setup.dtype).engine(
-                self.other_model(seed), eos, EngineConfig(max_slots=max_slots), max_seq_len
+                self.other_model(seed), eos, EngineConfig(max_slots=max_slots), max_seq_len, speculator
             )
         engine = TorchEngine(
             self.other_model(seed), eos_token_ids=eos, config=EngineConfig(max_slots=max_slots),
@@ -177,9 +183,13 @@ class Turn:
             self._process.host.load(self._state)
             self._process.turn = self
 
-    def step(self, requests):
+    def admit(self, requests, wants_states=False):
         self._begin()
-        return self._process.host.step(requests)
+        return self._process.host.admit(requests, wants_states)
+
+    def decode(self, drafts=(), wants_states=False):
+        self._begin()
+        return self._process.host.decode(drafts, wants_states)
 
     def drop(self, numbers) -> None:
         if self._process.turn is self:
@@ -197,22 +207,28 @@ class Turn:
 class SharedProcess:
     """A vLLM process, and whose turn it is."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, num_draft_tokens: int) -> None:
         with pytest.MonkeyPatch.context() as patch:
             # it is killed in the end, and so leaves no coverage data: to measure it would only make it slow
             patch.delenv("COVERAGE_PROCESS_CONFIG", raising=False)
-            self.host = VllmHost(model, max_slots=512, max_seq_len=256, kv_cache_bytes=64 * 2**20)
+            self.host = VllmHost(
+                model, max_slots=512, max_seq_len=256, kv_cache_bytes=64 * 2**20, num_draft_tokens=num_draft_tokens
+            )
         self.turn: Turn | None = None
 
-    def engine(self, model: Any, eos: Sequence[int], config: EngineConfig, max_seq_len: int) -> VllmEngine:
+    def engine(
+        self, model: Any, eos: Sequence[int], config: EngineConfig, max_seq_len: int, speculator: Speculator | None
+    ) -> VllmEngine:
         turn = Turn(self, model.state_dict())
-        turn.engine = VllmEngine(model, eos_token_ids=eos, config=config, max_seq_len=max_seq_len, host=turn)
+        turn.engine = VllmEngine(
+            model, eos_token_ids=eos, config=config, max_seq_len=max_seq_len, host=turn, speculator=speculator
+        )
         return turn.engine
 
 
 @cache
 def shared_process(family: str, dtype: torch.dtype) -> SharedProcess:
-    return SharedProcess(tiny_model(family, dtype))
+    return SharedProcess(tiny_model(family, dtype), MAX_DEPTH if family == SPECULATING_FAMILY else 0)
 
 
 def _kinds(names: Sequence[str], *, all_families: bool) -> list[Any]:
@@ -242,15 +258,19 @@ KINDS = {
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "drafts: asked of engines that verify drafts")
+    config.addinivalue_line("markers", "drafts: asked of engines that verify requests' drafts")
+    config.addinivalue_line("markers", "speculation: asked of engines that verify drafters' drafts")
+    config.addinivalue_line("markers", "inside_torch: changes what is inside the torch engine")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Give a test of engines each of them in turn; those marked `drafts` only such as verify them."""
+    """Give a test of engines each of them in turn; marked `drafts` or `speculation` only such as verify them."""
     if not metafunc.module.__name__.rpartition(".")[2].startswith("test_engine"):
         return
     for name, kinds in KINDS.items():
         if name in metafunc.fixturenames:
-            if metafunc.definition.get_closest_marker("drafts"):
+            if any(map(metafunc.definition.get_closest_marker, ("drafts", "inside_torch"))):
                 kinds = [each for each in kinds if each.values[0].setup.is_torch]
+            if metafunc.definition.get_closest_marker("speculation"):
+                kinds = [each for each in kinds if each.values[0].speculates]
             metafunc.parametrize(name, kinds, scope="session")

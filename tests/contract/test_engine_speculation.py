@@ -21,7 +21,7 @@ from swarm.engine.base import Request, SamplingParams
 from swarm.engine.torch.slots import Slots
 from swarm.types import Completion, Segment
 
-pytestmark = pytest.mark.drafts
+pytestmark = pytest.mark.speculation
 
 VOCABULARY = 203
 EOS = tuple(range(2, 200, 27))
@@ -223,6 +223,7 @@ def gives_logprobs_of_the_token_before(slots, running, draft, tokens, logprobs, 
     return verify(slots, running, draft, tokens, np.roll(logprobs, 1))
 
 
+@pytest.mark.inside_torch
 @pytest.mark.parametrize("wrong", [keeps_one_too_many, keeps_one_too_few, gives_logprobs_of_the_token_before])
 def test_a_wrong_verifier_does_not_pass(kind, monkeypatch, wrong):
     truth = written(kind)
@@ -243,6 +244,7 @@ def unchecked(drafter, propose, states, depth, budget):
         return [[1] * min(depth, state.room, budget // len(states)) for state in states]
 
 
+@pytest.mark.inside_torch
 def test_noise_of_another_position_does_not_pass(kind, monkeypatch):
     truth, engine = written(kind), engine_with(kind, drafter := Scripted(written(kind), 1.0))
     monkeypatch.setattr(engine, "_draw", lambda logits, rows, ahead=0, draw=engine._draw: draw(logits, rows))

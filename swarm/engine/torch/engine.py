@@ -48,6 +48,7 @@ class TorchEngine(Engine):
     """Samples from a transformers causal LM. Keeps its own copy of the weights of `model`."""
 
     verifies_drafts = True
+    speculates = True
 
     def __init__(
         self,
@@ -115,7 +116,7 @@ class TorchEngine(Engine):
         if n:
             speculator = self.speculator
             states = self._states() if speculator is not None and speculator.begin(n) else []
-            drafts = speculator.propose(states) if speculator is not None and states else []
+            drafts = speculator.propose(states, self._runner.vocab_size) if speculator is not None and states else []
             drafted = any(drafts) or (bool(states) and self._lacks_states(states))
             finished = self._decode_drafts(states, drafts) if drafted else self._decode()
             if speculator is not None:
@@ -174,9 +175,7 @@ class TorchEngine(Engine):
         """Verify a draft, maybe empty, for every slot in one forward pass; return those that have finished."""
         slots, members = self._slots, list(self._slots)
         flat: list[int] = []
-        for state, draft, last in zip(states, drafts, slots.last_tokens[: len(members)].tolist(), strict=True):
-            if len(draft) > state.room or min(draft, default=0) < 0 or max(draft, default=0) >= self._runner.vocab_size:
-                raise ValueError(f"a drafter proposes {list(draft)}, where {state.room} tokens of the vocabulary fit")
+        for draft, last in zip(drafts, slots.last_tokens[: len(members)].tolist(), strict=True):
             flat += [last, *draft]
         num_drawn = [len(draft) + 1 for draft in drafts]
         cached = slots.cached[: len(members)].tolist()

@@ -3,7 +3,9 @@
     engine    the contract: which request has written what, under which policy
     host      starts the process, talks to it, ends it
     child     what runs in it: vLLM, stepped from outside
-    worker    what vLLM is given: where noise and weights come from
+    worker    what vLLM is given: what draws, and where weights come from
+    counter   what draws tokens, and along drafts
+    verify    which of those are kept
     shared    weights in memory of the host that both processes see
     handles   weights on a GPU that both processes see
     adapters  what alone is handed over of a policy with adapters
@@ -11,7 +13,7 @@
     pipe      messages between the two
     installed which vLLM there is, and whether it can run here
 
-Only `child` and `worker` import vLLM, so a node that uses it never has it in its own process.
+Only `child`, `worker` and `counter` import vLLM, so a node that uses it never has it in its own process.
 """
 
 from swarm.engine.vllm.engine import VllmEngine

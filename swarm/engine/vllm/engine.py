@@ -1,6 +1,7 @@
 """The vLLM engine: what the contract asks, over a vLLM that runs in a process of its own.
 
-    step = hand over waiting requests · let vLLM prefill them and decode one token of all · collect
+    step = hand over waiting requests · let vLLM prefill them and draw their first token · let it decode one token
+           of all, or verify what drafters propose for them · collect
 
 This side keeps what every request has written, so that vLLM's requests may be forgotten at any time: an aborted
 request, and one in flight when a policy comes, go on as a prompt that ends with what was written. Since noise belongs
@@ -9,12 +10,16 @@ to (seed, position), they come out as if they had never stopped.
 
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
 from swarm.config import EngineConfig
+from swarm.drafting.base import Drawing, Seen, SequenceState
+from swarm.drafting.speculator import MAX_DEPTH, Speculator, make_speculator
 from swarm.engine.base import (
     Engine,
     EngineStats,
@@ -60,20 +65,19 @@ class _Writing:
         """Return it as the engine process takes it; see `child`."""
         self.start, self.version, self.is_prefilled = len(self.token_ids), version, False
         request, sampling = self.request, self.request.sampling
-        noise = {
-            "seed": request.seed - (1 << 64) if request.seed >> 63 else request.seed,
-            "start": self.start,
-            "temperature": sampling.temperature,
-            "top_k": sampling.top_k,
-            "top_p": sampling.top_p,
-        }
         return [
             request.request_id,
             [*request.prompt_ids, *self.token_ids],
             sampling.max_new_tokens - self.start,
             [] if sampling.ignore_eos else eos_token_ids,
-            noise,
+            {"start": self.start, **asdict(self.drawing())},
         ]
+
+    def drawing(self) -> Drawing:
+        """Return how its tokens are drawn."""
+        seed, sampling = self.request.seed, self.request.sampling
+        signed = seed - (1 << 64) if seed >> 63 else seed
+        return Drawing(signed, sampling.temperature, sampling.top_k, sampling.top_p)
 
     def settle(self) -> None:
         """Put down what the present policy has written."""
@@ -92,6 +96,8 @@ class _Writing:
 class VllmEngine(Engine):
     """Samples from a model that vLLM knows, with a copy of the weights of `model`."""
 
+    speculates = True
+
     def __init__(
         self,
         model: Any,
@@ -100,10 +106,12 @@ class VllmEngine(Engine):
         config: EngineConfig,
         max_seq_len: int = 0,
         host: VllmHost | None = None,
+        speculator: Speculator | None = None,
     ) -> None:
         """max_seq_len: prompt and completion, in tokens; 0 takes the config's, or the model's limit.
 
         host: an engine process that has the weights of `model` already; None: one of its own.
+        speculator: what drafts; None: what the config names.
         """
         self.max_seq_len = sequence_limit(model, max_seq_len or config.max_seq_len)
         if model.device.type == "cpu":
@@ -117,8 +125,11 @@ class VllmEngine(Engine):
             max_slots=config.max_slots,
             max_seq_len=self.max_seq_len,
             kv_cache_bytes=kv_cache_bytes(model, config, self.max_seq_len),
+            num_draft_tokens=0 if config.speculation == "off" else MAX_DEPTH,
             num_gpus=config.tensor_parallel_size,
         )
+        self.speculator = speculator or make_speculator(config.speculation)
+        self._device, self._dtype = model.device, model.dtype
         self._waiting: deque[_Writing] = deque()
         self._running: dict[int, _Writing] = {}
         self._version = 0
@@ -157,21 +168,93 @@ class VllmEngine(Engine):
             writing = self._waiting.popleft()
             fresh.append(writing.hand_over(self._version, self._eos_token_ids))
             self._running[writing.request.request_id] = writing
-        if not self._running:
-            return []
-        self.stats.num_steps += 1
+        done = self._take(self._host.admit(fresh, self._wants_states)) if fresh else []
+        if self._running:
+            done += self._decode()
+            self.stats.num_steps += 1
+        return done
+
+    @property
+    def _wants_states(self) -> bool:
+        return self.speculator is not None and self.speculator.num_states > 0
+
+    def _decode(self) -> list[Completion]:
+        """Let vLLM decode one token of all, or verify drafts; return what has finished."""
+        speculator = self.speculator
+        running = [writing for writing in self._running.values() if writing.is_prefilled]
+        if speculator is None or not running:
+            return self._take(self._host.decode())
+        before, states, drafts = self.stats.num_tokens_generated, [], []
+        if speculator.begin(len(running)):
+            states = [self._state_of(speculator, writing) for writing in running]
+            drafts = speculator.propose(states, self._vocab_size)
+        drafted = {state.request_id: (state, draft) for state, draft in zip(states, drafts, strict=True) if draft}
+        given = [[number, draft] for number, (_, draft) in drafted.items()]
+        done = self._take(self._host.decode(given, self._wants_states), drafted)
+        speculator.end(len(running), self.stats.num_tokens_generated - before)
+        return done
+
+    def _state_of(self, speculator: Speculator, writing: _Writing) -> SequenceState:
+        """Return what drafters are to know of a request."""
+        request, num = writing.request, len(writing.token_ids)
+        state = speculator.state_of(request.request_id, request.prompt_ids, writing.drawing)
+        state.append(writing.token_ids[state.num_written :])
+        state.room = min(MAX_DEPTH, request.sampling.max_new_tokens - num - 1)
+        return state
+
+    def _take(
+        self,
+        told: Sequence[Any],
+        drafted: Mapping[int, tuple[SequenceState, list[int]]] = MappingProxyType({}),
+    ) -> list[Completion]:
+        """Take what vLLM wrote, and what it was drawn from (`child`); return what has finished.
+
+        drafted: by request id.
+        """
+        written, states = told
+        self._show(states)
         done = []
-        for number, tokens, logprobs, reason, num_prefilled in self._host.step(fresh):
+        for number, tokens, logprobs, reason, num_prefilled in written:
             writing = self._running[number]
             writing.token_ids += tokens
             writing.logprobs += logprobs
+            num_slot_steps = len(tokens) - (not writing.is_prefilled)  # prefill draws the first
+            if number in drafted:
+                num_slot_steps = 1
+                self._judge(*drafted[number], tokens)
             self.stats.num_tokens_generated += len(tokens)
-            self.stats.num_slot_steps += len(tokens) - (not writing.is_prefilled)  # prefill draws the first
+            self.stats.num_slot_steps += num_slot_steps
             self.stats.num_tokens_prefilled += 0 if writing.is_prefilled else num_prefilled
             writing.is_prefilled = True
             if reason is not None:
-                done.append(self._running.pop(number).completion(reason))
+                done.append(self._finish(number, reason))
         return done
+
+    def _show(self, passes: Sequence[Mapping[str, Any]]) -> None:
+        """Hand the states of vLLM's passes to drafters that want them."""
+        for one in passes:
+            dtype = getattr(torch, one["dtype"])
+            states = torch.frombuffer(bytearray(one["raw"]), dtype=dtype).view(-1, one["size"])
+            seen = [Seen(*fields) for fields in one["seen"]]
+            assert self.speculator is not None
+            self.speculator.saw(partial(list, seen), states.to(self._device, self._dtype))
+
+    def _judge(self, state: SequenceState, draft: Sequence[int], tokens: Sequence[int]) -> None:
+        """Tell drafters how much of a draft is among the tokens that were drawn."""
+        pairs = enumerate(zip(draft, tokens, strict=False))
+        num_kept = next((place for place, (one, drawn) in pairs if one != drawn), min(len(draft), len(tokens)))
+        self.stats.num_speculated_tokens += len(draft)
+        self.stats.num_speculated_tokens_kept += num_kept
+        assert self.speculator is not None
+        self.speculator.verified(state, draft, num_kept)
+
+    def _finish(self, number: int, reason: FinishReason) -> Completion:
+        """Return what a running request holds, and let it go."""
+        writing = self._running.pop(number)
+        completion = writing.completion(reason)
+        if self.speculator is not None:
+            self.speculator.observe(number, writing.request.prompt_ids, completion.token_ids)
+        return completion
 
     def abort(self, request_ids: Collection[int] | None = None) -> list[Completion]:
         """Stop requests and return what they have; see Engine."""
@@ -179,10 +262,14 @@ class VllmEngine(Engine):
         waiting = [one for one in self._waiting if wanted is None or one.request.request_id in wanted]
         for writing in waiting:
             self._waiting.remove(writing)
+            if self.speculator is not None:
+                self.speculator.drop(writing.request.request_id)
         running = [number for number in self._running if wanted is None or number in wanted]
         if running:
             self._host.drop(running)
-        return [one.completion("aborted") for one in (*waiting, *(self._running.pop(number) for number in running))]
+        return [writing.completion("aborted") for writing in waiting] + [
+            self._finish(number, "aborted") for number in running
+        ]
 
     def load_policy(self, state: Mapping[str, torch.Tensor], version: int) -> None:
         """Take new weights; see Engine. Running requests are prefilled again under them."""
@@ -191,6 +278,8 @@ class VllmEngine(Engine):
         self._host.load(state)
         self._is_asleep = False
         self._version = version
+        if self.speculator is not None:
+            self.speculator.policy_changed(version, state)
         self.stats.num_policy_loads += 1
 
     def release_memory(self) -> None:

@@ -52,10 +52,12 @@ class VllmHost:
         max_slots: int,
         max_seq_len: int,
         kv_cache_bytes: int,
+        num_draft_tokens: int = 0,
         num_gpus: int = 1,
     ) -> None:
         """Start the process and give it the weights of `model`. Raises EngineFailed where vLLM does not start.
 
+        num_draft_tokens: of one draft, at most; 0: there will be none.
         num_gpus: that share the policy, by tensor parallelism; `kv_cache_bytes` is for each.
         """
         state = model.state_dict()
@@ -92,6 +94,7 @@ class VllmHost:
             max_slots=max_slots,
             kv_cache_bytes=kv_cache_bytes,
             memory_share=memory_share(model, kv_cache_bytes, num_gpus),
+            num_draft_tokens=num_draft_tokens,
             num_gpus=num_gpus,
             num_threads=torch.get_num_threads(),
             weights_fd=None if self._weights is None else self._weights.fd,
@@ -109,10 +112,15 @@ class VllmHost:
         """The process, which is also the group of all that vLLM starts."""
         return self._process.pid
 
-    def step(self, requests: Sequence[Sequence[Any]]) -> list[list[Any]]:
-        """Hand over requests and decode one step; see `child`."""
-        written: list[list[Any]] = self._call("step", requests)
-        return written
+    def admit(self, requests: Sequence[Sequence[Any]], wants_states: bool = False) -> list[Any]:
+        """Hand over requests and let their first token be drawn; see `child`."""
+        told: list[Any] = self._call("admit", requests, wants_states)
+        return told
+
+    def decode(self, drafts: Sequence[Sequence[Any]] = (), wants_states: bool = False) -> list[Any]:
+        """Decode one step; see `child`."""
+        told: list[Any] = self._call("decode", drafts, wants_states)
+        return told
 
     def drop(self, numbers: Sequence[int] | None) -> None:
         """Forget requests, or all of them."""

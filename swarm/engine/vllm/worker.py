@@ -1,10 +1,8 @@
-"""What vLLM is given of this project: the noise that draws tokens, and where weights come from.
+"""What vLLM is given of this project: what draws tokens, and where weights come from.
 
-Three of vLLM's own extension points are used. A *logits processor* is told which request stands in which row, with
-the parameters and the tokens that it has; `CounterNoise` keeps from that what `swarm.engine.torch.sampling` wants to
-know. A *worker extension* runs methods inside each worker: it puts a sampler in place that draws by that noise, so
-that a completion is the same tokens as from the torch engine, whatever shares the batch. A *weight transfer engine*
-receives new weights: here from memory that this process shares with the node, on the host or on a GPU.
+Two of vLLM's own extension points are used. A *worker extension* runs methods inside each worker: it puts in place
+what draws tokens and verifies drafts (`counter`). A *weight transfer engine* receives new weights: here from memory
+that this process shares with the node, on the host or on a GPU.
 """
 
 import os
@@ -12,7 +10,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
@@ -21,85 +18,16 @@ from vllm.distributed.weight_transfer.base import (
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
-from vllm.v1.outputs import LogprobsTensors, SamplerOutput
-from vllm.v1.sample.logits_processor.interface import LogitsProcessor, MoveDirectionality
-from vllm.v1.sample.sampler import Sampler
 
-from swarm.engine.torch.sampling import Mode, sample
 from swarm.engine.vllm.adapters import unpacked
+from swarm.engine.vllm.counter import CounterNoise, CounterSampler, CounterVerifier
 from swarm.engine.vllm.handles import opened
 from swarm.engine.vllm.shared import SharedWeights, WeightPlace
 from swarm.lora import Adapter
 
-__all__ = ["TRANSFER_BACKEND", "CounterNoise", "CounterSampler", "SharedWeightTransfer", "WorkerExtension"]
+__all__ = ["TRANSFER_BACKEND", "SharedWeightTransfer", "WorkerExtension"]
 
 TRANSFER_BACKEND = "swarm-shared"
-
-
-@dataclass(slots=True)
-class _Row:
-    """What draws the tokens of one row of the batch."""
-
-    seed: int  # by its bits, as int64
-    start: int  # tokens of the completion that were given as prompt
-    written: list[int]  # vLLM's own list of what it has written since
-    temperature: float
-    top_k: int
-    top_p: float
-
-
-class CounterNoise(LogitsProcessor):
-    """Knows which request each row of the batch belongs to. Leaves the logits as they are."""
-
-    def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
-        self._device = device
-        self._rows: dict[int, _Row] = {}
-
-    def is_argmax_invariant(self) -> bool:
-        """It changes nothing."""
-        return True
-
-    def apply(self, logits: torch.Tensor) -> torch.Tensor:
-        """Change nothing."""
-        return logits
-
-    def update_state(self, batch_update: Any) -> None:
-        """Follow what came, went and moved, in the order that vLLM prescribes."""
-        if batch_update is None:
-            return
-        for index in batch_update.removed:
-            self._rows.pop(index, None)
-        for index, params, _, written in batch_update.added:
-            self._rows[index] = _Row(written=written, **params.extra_args["swarm"])
-        for first, second, direction in batch_update.moved:
-            moved, other = self._rows.pop(first, None), self._rows.pop(second, None)
-            if moved is not None:
-                self._rows[second] = moved
-            if other is not None and direction == MoveDirectionality.SWAP:
-                self._rows[first] = other
-
-    def draw(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the next token of every row and its log-probability. logits: [num_rows, vocab]."""
-        rows = [self._rows[index] for index in range(len(logits))]
-        seeds = np.array([row.seed for row in rows], dtype=np.int64)
-        positions = np.array([row.start + len(row.written) for row in rows], dtype=np.int64)
-        temperature = np.array([row.temperature for row in rows], dtype=np.float32)
-        top_k = np.array([row.top_k for row in rows], dtype=np.int64)
-        top_p = np.array([row.top_p for row in rows], dtype=np.float32)
-        columns = (torch.from_numpy(each).to(self._device) for each in (seeds, positions, temperature, top_k, top_p))
-        return sample(logits, *columns, mode=Mode.of(temperature, top_k, top_p))
-
-
-class CounterSampler(Sampler):
-    """Draws by the noise of (seed, position) alone, in place of vLLM's own generators."""
-
-    def forward(self, logits: torch.Tensor, sampling_metadata: Any, *unused: Any, **unused_too: Any) -> SamplerOutput:
-        """Draw one token a row. logits: [num_rows, vocab]."""
-        noise = next(each for each in sampling_metadata.logitsprocs.all if isinstance(each, CounterNoise))
-        tokens, logprobs = noise.draw(logits)
-        column = tokens.to(torch.int32)[:, None]
-        ranks = torch.zeros_like(tokens)  # asked for by the record, read by nobody here
-        return SamplerOutput(column, LogprobsTensors(column, logprobs[:, None], ranks))
 
 
 @dataclass
@@ -182,9 +110,24 @@ class WorkerExtension:
 
     model_runner: Any
 
-    def draw_by_counter(self) -> None:
-        """Draw tokens by their request's noise from now on."""
-        self.model_runner.sampler = CounterSampler()
+    def draw_by_counter(self, num_draft_tokens: int) -> None:
+        """Draw tokens by their request's noise from now on. num_draft_tokens: of one draft, at most; 0: no drafts.
+
+        The noise is put among vLLM's logits processors here: named in its settings, vLLM refuses it beside drafts,
+        because it would not apply such a processor to them. This one changes no logits.
+        """
+        runner = self.model_runner
+        runner.input_batch.logitsprocs.argmax_invariant.append(CounterNoise(None, runner.device, False))
+        runner.sampler = CounterSampler()
+        if num_draft_tokens:
+            runner.rejection_sampler = CounterVerifier(runner)
+            # Near the longest sequence vLLM would draft nonsense itself; the node's drafts always fit.
+            runner.effective_drafter_max_model_len = runner.max_model_len + num_draft_tokens
+
+    def states(self) -> dict[str, Any]:
+        """Return what the last tokens were drawn from; see CounterVerifier."""
+        states: dict[str, Any] = self.model_runner.rejection_sampler.states()
+        return states
 
 
 WeightTransferEngineFactory.register_engine(TRANSFER_BACKEND, SharedWeightTransfer)

@@ -30,6 +30,7 @@ FOR_CPU = VllmInstall("0.32.0", "cpu", "2.13.0+cpu", {"torch": "2.13.0+cpu"})
         ({"backend": "torch"}, CUDA, FOR_CUDA, "torch", "names it"),
         ({"backend": "vllm"}, CUDA, FOR_CUDA, "vllm", "names it"),
         ({"backend": "vllm"}, CPU, FOR_CPU, "vllm", "names it"),
+        ({"backend": "vllm", "speculation": "ngram"}, CPU, FOR_CPU, "vllm", "names it"),
     ],
 )
 def test_the_engine_that_suits(config, device, install, backend, reason):
@@ -71,11 +72,6 @@ def test_a_policy_is_spread_over_gpus_that_are_there_by_vllm_alone(config, devic
         choose_engine(EngineConfig(**config), device, FOR_CUDA)
     assert "\n" not in str(error.value)
     assert choose_engine(EngineConfig(tensor_parallel_size=2), replace(CUDA, num_gpus=2), FOR_CUDA).backend == "vllm"
-
-
-def test_vllm_does_not_speculate():
-    with pytest.raises(EngineError, match=r"engine\.speculation=off"):
-        choose_engine(EngineConfig(backend="vllm", speculation="ngram"), CUDA, FOR_CUDA)
 
 
 def test_torchvision_of_the_same_build_is_no_problem():

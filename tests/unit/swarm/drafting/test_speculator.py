@@ -19,7 +19,7 @@ def test_a_fixed_strategy_is_always_on():
         state.append([5])
         state.room = 9
     assert speculator.begin(3)
-    drafts = speculator.propose(states)
+    drafts = speculator.propose(states, 10)
     assert sum(map(len, drafts)) == 3
     assert all(draft == [6, 7][: len(draft)] for draft in drafts)
     for state, draft in zip(states, drafts, strict=True):
@@ -51,7 +51,7 @@ def test_a_sequence_that_has_ended_is_known_to_its_siblings_and_to_nobody_by_its
     again.append([5])
     again.room = 9
     speculator.begin(1)
-    assert speculator.propose([again]) == [[6, 7, 8]]
+    assert speculator.propose([again], 10) == [[6, 7, 8]]
 
 
 def test_a_strategy_needs_its_drafter():
