@@ -1,6 +1,6 @@
 """The compiled kernels for CPUs, for decoding and training, where the machine that installed it had a C compiler.
 
-    kernels.c    what is compiled, once per instruction set: kernels.h (decoding), attention.h and training.h
+    kernels.c    what is compiled, once per instruction set: kernels.h (decoding), draw.h (sampling), attention.h and training.h
     attention    attention of a training step, over packed rows
     training     the other parts of a training step that are no matrix products
 
@@ -22,6 +22,15 @@ __all__ = ["INSTRUCTION_SETS", "Kernels", "huge_pages", "kernels"]
 INSTRUCTION_SETS = ("portable", "AVX2", "AVX-512", "AVX-512 bf16")
 
 
+class _Draw(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in ("num_threads", "num_rows", "num_logits", "vocab", "width")),
+        *((name, ctypes.c_void_p) for name in (
+            "logits", "tokens", "seeds", "positions", "temperature", "masses", "starts", "drawn", "logprobs",
+        )),
+    ]  # fmt: skip
+
+
 class Kernels:
     """The loaded library. `instruction_set` indexes INSTRUCTION_SETS."""
 
@@ -38,21 +47,38 @@ class Kernels:
         self.attention.argtypes, self.attention.restype = [pointer, i32, i32], None
         self.training = library.swarm_training
         self.training.argtypes, self.training.restype = [pointer, i32], None
-        self._block_mass = library.swarm_block_mass
-        self._block_mass.argtypes, self._block_mass.restype = [i32, i32, pointer, i32, i32, i32, pointer], None
+        self._draw = library.swarm_draw
+        self._draw.argtypes, self._draw.restype = [pointer, i32], None
 
-    def block_mass(self, logits: torch.Tensor, width: int) -> torch.Tensor:
-        """Return the log-sum-exp of each block of `width` logits, a multiple of 16 that divides the vocabulary.
+    def draw(
+        self,
+        logits: torch.Tensor,
+        seeds: torch.Tensor,
+        positions: torch.Tensor,
+        temperature: torch.Tensor,
+        *,
+        vocab_size: int,
+        width: int,
+        tokens: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Draw one token a row: `engine.torch.sampling.sample` in one call.
 
-        logits: float32 [num_rows, vocab]. returns: [num_rows, vocab / width].
+        logits: float32 [num_rows, num_logits]. seeds, positions: int64 [num_rows]. temperature: float32 [num_rows].
+        width: tokens of a block. tokens: int64 [num_logits], in order, what the logits are of; None: of all tokens.
+        returns: tokens, int64, and their log-probabilities, float32, both [num_rows].
         """
-        logits = logits.contiguous()  # an expanded row is read as if it were many
-        num_rows, vocab = logits.shape
-        out = torch.empty(num_rows, vocab // width)
-        self._block_mass(
-            torch.get_num_threads(), self.instruction_set, logits.data_ptr(), num_rows, vocab, width, out.data_ptr()
-        )
-        return out
+        num_rows, num_logits = logits.shape
+        num_threads, num_blocks = torch.get_num_threads(), -(-vocab_size // width)
+        scratch = torch.empty(2, num_threads, num_blocks + 1)
+        drawn, logprobs = torch.empty(num_rows, dtype=torch.int64), torch.empty(num_rows)
+        inputs = [each.contiguous() for each in (logits, seeds, positions, temperature)]
+        fields = _Draw(
+            num_threads, num_rows, num_logits, vocab_size, width,
+            inputs[0].data_ptr(), None if tokens is None else tokens.data_ptr(), *(i.data_ptr() for i in inputs[1:]),
+            scratch[0].data_ptr(), scratch[1].data_ptr(), drawn.data_ptr(), logprobs.data_ptr(),
+        )  # fmt: skip
+        self._draw(ctypes.byref(fields), self.instruction_set)
+        return drawn, logprobs
 
 
 def huge_pages(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-/* Kernels for CPUs: decoding (kernels.h) and the parts of training that torch is slow at (attention.h, training.h).
+/* Kernels for CPUs: decoding (kernels.h, draw.h) and the parts of training that torch is slow at (attention.h, training.h).
  *
  * Decoding is the forward pass of a Llama-shaped model over slots of a KV cache, in one call. A decode step of a small
  * model is bound by reading its weights once, and through a general library by the overhead of hundreds of small
@@ -52,6 +52,18 @@ typedef struct {                                    /* tokens to run; those of o
 
 typedef struct { _Alignas(64) int32_t panels; } turn_t; /* how many of a thread's panels of a matmul were taken */
 typedef struct { turn_t (*done)[MAX_THREADS]; int number; } turns_t; /* of this matmul and the next, in turn; matmuls so far */
+
+typedef struct {                                    /* rows of logits to draw a token from, each */
+    int32_t num_threads, num_rows, num_logits, vocab, width; /* width: of a block of the vocabulary */
+    const float *logits;                            /* [num_rows, num_logits] */
+    const int64_t *tokens;                          /* [num_logits], in order: what they are of; or NULL: of all tokens */
+    const int64_t *seeds, *positions;               /* [num_rows] */
+    const float *temperature;                       /* [num_rows]; 0: the largest */
+    float *masses;                                  /* scratch: [num_threads, blocks + 1] */
+    int32_t *starts;                                /* likewise */
+    int64_t *drawn;                                 /* [num_rows] */
+    float *logprobs;                                /* likewise; at temperature 1 where it is 0 */
+} draw_t;
 
 /* Training attention over a packed row (attention.h). All offsets in tokens or keys; strides in elements. */
 #define KEY_TILE 64
@@ -170,15 +182,15 @@ void swarm_logits(const model_t *m, int32_t isa, const float *hidden, int32_t n,
     }
 }
 
-/* logits: [n, vocab]. width: a multiple of 16 that divides vocab. out: [n, vocab / width]. */
-void swarm_block_mass(int32_t num_threads, int32_t isa, const float *logits, int32_t n, int32_t vocab, int32_t width, float *out) {
+/* See draw.h. */
+void swarm_draw(const draw_t *d, int32_t isa) {
     switch (isa) {
 #ifdef MULTIVERSION
-    case 3: block_mass_avx512bf16(num_threads, logits, n, vocab, width, out); return;
-    case 2: block_mass_avx512(num_threads, logits, n, vocab, width, out); return;
-    case 1: block_mass_avx2(num_threads, logits, n, vocab, width, out); return;
+    case 3: draw_avx512bf16(d); return;
+    case 2: draw_avx512(d); return;
+    case 1: draw_avx2(d); return;
 #endif
-    default: block_mass_base(num_threads, logits, n, vocab, width, out);
+    default: draw_base(d);
     }
 }
 

@@ -455,26 +455,8 @@ static void FN(logits)(const model_t *m, const float *hidden, int n, float *out)
     }
 }
 
-/* For each block of `width` logits: log of the sum of exponentials. logits: [n, vocab]; out: [n, vocab / width]. */
-static void FN(block_mass)(int num_threads, const float *logits, int n, int vocab, int width, float *out) {
-    const int num_blocks = vocab / width;
-#pragma omp parallel for schedule(static) num_threads(num_threads)
-    for (int i = 0; i < n * num_blocks; i++) {
-        const float *block = logits + (size_t)(i / num_blocks) * vocab + (size_t)(i % num_blocks) * width;
-        v16f most = FN(load_f32)(block);
-        for (int at = 16; at < width; at += 16) {
-            v16f v = FN(load_f32)(block + at);
-            most = SELECT(v > most, v, most);
-        }
-        float top = most[0];
-        for (int k = 1; k < 16; k++) top = most[k] > top ? most[k] : top;
-        v16f mass = {0};
-        for (int at = 0; at < width; at += 16) mass += FN(exp)(FN(load_f32)(block + at) - top);
-        out[i] = top == -INFINITY ? top : top + logf(FN(sum)(mass));
-    }
-}
-
 #include "attention.h"
+#include "draw.h"
 #include "training.h"
 
 #undef SELECT

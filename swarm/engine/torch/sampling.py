@@ -7,6 +7,8 @@ for each of 49,152 tokens would cost as much as the model.
 
 As with one level (arXiv 2408.07978), two distributions that share the noise draw the same token unless
 the noise falls where they differ: each level agrees with probability at least (1 - TV) / (1 + TV).
+
+On a CPU the compiled kernels do all of it in one call (swarm/native/draw.h); elsewhere torch's operations do.
 """
 
 import math
@@ -64,11 +66,11 @@ def _keep_top(logits: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor) ->
 
 def _block_mass(blocks: torch.Tensor) -> torch.Tensor:
     """Return the log-sum-exp of every block, in float32. blocks: [num_rows, num_blocks, width], float32 on a CPU."""
-    if blocks.device.type != "cpu":  # the largest and its log-probability: two passes of fused kernels instead of six
-        of_largest = torch.log_softmax(blocks, dim=-1, dtype=torch.float32).amax(-1)
-        return (blocks.amax(-1).float() - of_largest).nan_to_num_(nan=-math.inf)  # a block without any mass
-    library = kernels() if blocks.shape[-1] % 16 == 0 else None
-    return blocks.logsumexp(-1) if library is None else library.block_mass(blocks.flatten(1), blocks.shape[-1])
+    if blocks.device.type == "cpu":
+        return blocks.logsumexp(-1)
+    # the largest and its log-probability: two passes of fused kernels instead of six
+    of_largest = torch.log_softmax(blocks, dim=-1, dtype=torch.float32).amax(-1)
+    return (blocks.amax(-1).float() - of_largest).nan_to_num_(nan=-math.inf)  # a block without any mass
 
 
 def sample(
@@ -80,18 +82,48 @@ def sample(
     top_p: torch.Tensor | None = None,
     *,
     mode: Mode | None = None,
+    vocabulary: torch.Tensor | None = None,
+    vocab_size: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Draw one token a row.
 
     logits: [num_rows, vocab], any float dtype. seeds, positions: int64 [num_rows]. temperature: float32 [num_rows];
     a row with 0 takes its largest logit, with its log-probability at temperature 1. top_k, top_p: [num_rows], or
     None where every row has them off. mode: of these settings; None reads them, which on a GPU waits for it.
+    vocabulary: int64 [num_logits], in order, what the logits are of, where it is not all `vocab_size` tokens: no other
+    token is drawn, and the noise is that of all of them.
     returns: tokens int64 [num_rows], and their float32 log-probabilities under the distribution that was
     sampled from.
     """
     if mode is None:
         settings = (None if each is None else each.cpu().numpy() for each in (temperature, top_k, top_p))
         mode = Mode.of(*settings)  # type: ignore[arg-type]
+    library = kernels() if logits.device.type == "cpu" else None
+    if vocabulary is not None and (library is None or mode.truncated):
+        whole = logits.new_full((len(logits), vocab_size), -math.inf)
+        logits, vocabulary = whole.index_copy_(1, vocabulary, logits), None
+    if library is not None:
+        logits = logits.float()
+        if mode.truncated and top_k is not None and top_p is not None:
+            logits = _keep_top(logits / temperature.masked_fill(temperature == 0, 1.0)[:, None], top_k, top_p)
+            temperature = (temperature != 0).float()
+        vocab = logits.shape[1] if vocabulary is None else vocab_size
+        return library.draw(
+            logits, seeds, positions, temperature, vocab_size=vocab, width=block_size(vocab), tokens=vocabulary
+        )
+    return _by_operations(logits, seeds, positions, temperature, top_k, top_p, mode)
+
+
+def _by_operations(
+    logits: torch.Tensor,
+    seeds: torch.Tensor,
+    positions: torch.Tensor,
+    temperature: torch.Tensor,
+    top_k: torch.Tensor | None,
+    top_p: torch.Tensor | None,
+    mode: Mode,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See sample."""
     num_rows, vocab = logits.shape
     scaled = logits.float() if logits.device.type == "cpu" or mode.scaled or mode.truncated else logits
     if mode.scaled:

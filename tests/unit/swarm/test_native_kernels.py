@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
+from swarm.engine.torch import sampling
 from swarm.engine.torch.llama import LlamaRunner
 from swarm.engine.torch.native import NativeRunner
 from swarm.native import INSTRUCTION_SETS, kernels
@@ -209,17 +210,32 @@ def test_copied_and_moved_slots_go_on_alike(dtype, shape, length):
 
 
 @needs_kernels
-@pytest.mark.parametrize("width", [16, 32, 256])
-def test_block_mass_is_the_log_of_the_sum_of_exponentials(instruction_set, width):
-    logits = torch.randn(5, 6 * width, generator=torch.Generator().manual_seed(0)) * 20
-    logits[1, :width] = -torch.inf
+@pytest.mark.parametrize("vocab", [8, 100, 257, 1024, 8192 + 5])
+def test_tokens_are_drawn_as_by_operations(instruction_set, vocab, monkeypatch):
+    generator = torch.Generator().manual_seed(vocab)
+    logits = torch.randn(64, vocab, generator=generator) * 3
+    logits[1, : vocab // 2] = -torch.inf
     logits[2, 3:] = -torch.inf
     logits[3] += 300
     logits[4] -= 300
-    expected = logits.double().view(5, 6, width).logsumexp(-1).float()
-    torch.testing.assert_close(kernels().block_mass(logits, width), expected, rtol=1e-6, atol=1e-6)
-    row = logits[:1].expand(3, -1)
-    assert torch.equal(kernels().block_mass(row, width), kernels().block_mass(row.contiguous(), width))
+    seeds, positions = torch.randint(-(1 << 62), 1 << 62, (64,), generator=generator), torch.arange(64) * 7
+    temperature = torch.tensor([1.0, 0.0, 0.3, 2.0]).repeat(16)
+    tokens, logprobs = sampling.sample(logits, seeds, positions, temperature)
+    some = torch.randperm(vocab, generator=generator)[: vocab // 2 + 1].sort().values
+    among = sampling.sample(
+        logits[:, some], seeds, positions, temperature, vocabulary=some, vocab_size=vocab
+    )
+    monkeypatch.setattr(sampling, "kernels", lambda: None)
+    expected, expected_logprobs = sampling.sample(logits, seeds, positions, temperature)
+    assert torch.equal(tokens, expected)
+    torch.testing.assert_close(logprobs, expected_logprobs, rtol=1e-5, atol=1e-4)
+    expected, expected_logprobs = sampling.sample(
+        logits[:, some], seeds, positions, temperature, vocabulary=some, vocab_size=vocab
+    )
+    rows = expected_logprobs.isfinite()  # where none of the logits is finite there is nothing to draw
+    assert torch.equal(among[0][rows], expected[rows])
+    torch.testing.assert_close(among[1][rows], expected_logprobs[rows], rtol=1e-5, atol=1e-4)
+    assert set(among[0].tolist()) <= set(some.tolist())
 
 
 @needs_kernels
