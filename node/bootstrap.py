@@ -21,7 +21,7 @@ from node.running import StopDeadline, resume_command
 from node.status import build_status
 from protocol.about import NO_MODEL, NodeAbout
 
-__all__ = ["run_bootstrap"]
+__all__ = ["report", "run_bootstrap"]
 
 _REPORT_INTERVAL_S: Final = 2.0
 _JSON_INTERVAL_S: Final = 5.0
@@ -56,7 +56,7 @@ async def _run(config: RunConfig, folder: RunFolder, deadline: StopDeadline, *, 
         started(member, folder, note)
         async with Monitor(folder.path, make_status):
             failing = asyncio.ensure_future(member.wait_failed())
-            reporting = asyncio.ensure_future(_report(make_status, note, as_json=as_json))
+            reporting = asyncio.ensure_future(report(make_status, note, as_json=as_json))
             stopped = asyncio.ensure_future(stopping.wait())
             done, waiting = await asyncio.wait({failing, reporting, stopped}, return_when=asyncio.FIRST_COMPLETED)
             for task in waiting:
@@ -68,12 +68,12 @@ async def _run(config: RunConfig, folder: RunFolder, deadline: StopDeadline, *, 
     return received[0]
 
 
-async def _report(make_status: Callable[[], dict[str, Any]], note: Callable[[str], None], *, as_json: bool) -> None:
+async def report(make_status: Callable[[], dict[str, Any]], note: Callable[[str], None], *, as_json: bool) -> None:
     """Say now and then how many peers there are. Ends by being cancelled, or when nobody reads any more."""
     num_said = -1
     while True:
         status = make_status()
-        num_peers = status["swarm"]["num_peers"]
+        num_peers = sum(side["num_peers"] for side in status.get("sides", [status["swarm"]]))
         if as_json:
             print(json.dumps(status), flush=True)
         elif num_peers != num_said:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from node.cli_bridge import bridge
 from node.cli_swarm import add_commands
 from node.experiment.cli import experiment
 from node.heap import limit_arenas
@@ -200,6 +201,7 @@ def _print_settings(resolved: "ResolvedConfig", *, origin: bool, describe: bool)
 
 
 add_commands(cli)
+cli.add_command(bridge)
 cli.add_command(experiment)
 
 

@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from node.control import NoStatus, read_status
 
-__all__ = ["JsonProcess", "NodeProcess", "end_all"]
+__all__ = ["JsonProcess", "NodeProcess", "child_command", "end_all"]
 
 _END_WITHIN_S: Final = 15.0
 _PROGRAM: Final = """
@@ -27,6 +27,11 @@ if sys.platform == "linux":
 from {module} import main
 main()
 """
+
+
+def child_command(module: str, *arguments: str) -> list[str]:
+    """Return the command that runs the `main` of a module of this program, which is stopped if this process dies."""
+    return [sys.executable, "-P", "-c", _PROGRAM.format(module=module), *arguments]
 
 
 class JsonProcess:
@@ -47,7 +52,7 @@ class JsonProcess:
         self.rows: list[dict[str, Any]] = []
         with log.open("wb") as errors:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-c", _PROGRAM.format(module=module), *arguments],
+                child_command(module, *arguments),
                 stdin=subprocess.DEVNULL if stdin is None else subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,

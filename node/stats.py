@@ -52,7 +52,7 @@ def show_peers(run_dir: Path | None, socket: Path | None, *, as_json: bool) -> i
     if run_dir is None and socket is None:
         run_dir = newest_status(RUNS)
     status = read_status(run_dir, socket)
-    peers = (status["swarm"] or {}).get("peers", [])
+    peers = [peer for side in _networks(status) for peer in side["peers"]]
     if as_json:
         print(json.dumps({"schema_version": SCHEMA_VERSION, "running": status["running"], "peers": peers}))
         return 0
@@ -76,20 +76,30 @@ def _print(status: Mapping[str, Any], *, as_json: bool) -> None:
 def stats_view(status: Mapping[str, Any]) -> Group:
     """Draw a node's status."""
     parts: list[Any] = [_header(status)]
-    training, swarm = status["training"], status["swarm"]
+    training = status["training"]
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim", justify="right")
     table.add_column(overflow="fold")
     if training is not None:
         _add_training(table, training)
-    if swarm is not None:
-        _add_swarm(table, swarm, training)
+    for network in _networks(status):
+        _add_swarm(table, network, training)
+        if "bridge" in network:
+            _add_bridge(table, network["bridge"])
     for warning in status["warnings"]:
         table.add_row("warning", Text(warning, style="yellow"))
     parts.append(table)
-    if swarm is not None and swarm["peers"]:
-        parts.append(peers_table(swarm["peers"]))
+    peers = [peer for network in _networks(status) for peer in network["peers"]]
+    if peers:
+        parts.append(peers_table(peers))
     return Group(*parts)
+
+
+def _networks(status: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return what a status says of the networks that its node is in: none, one, or both sides of a bridge."""
+    alone = [] if status["swarm"] is None else [status["swarm"]]
+    sides: list[dict[str, Any]] = status.get("sides", alone)
+    return sides
 
 
 def _header(status: Mapping[str, Any]) -> Text:
@@ -132,7 +142,8 @@ def _add_training(table: Table, training: Mapping[str, Any]) -> None:
 
 
 def _add_swarm(table: Table, swarm: Mapping[str, Any], training: Mapping[str, Any] | None) -> None:
-    table.add_row("node", f"{swarm['node_id']} in swarm {swarm['swarm_id']!r}, {swarm['state']}")
+    where = f"{swarm['state']} over {swarm['transport']}"
+    table.add_row("node", f"{swarm['node_id']} in swarm {swarm['swarm_id']!r}, {where}")
     if swarm["addresses"]:
         table.add_row("address", best_address(swarm["addresses"]))
     table.add_row(
@@ -156,7 +167,8 @@ def _add_swarm(table: Table, swarm: Mapping[str, Any], training: Mapping[str, An
     table.add_row(
         "groups",
         f"{swarm['groups_published']:,} published, {swarm['groups_admitted']:,} admitted, "
-        f"{swarm['groups_sampled']:,} used, {swarm['groups_missing']:,} missing",
+        f"{swarm['groups_sampled']:,} used, of {swarm.get('authors_sampled', 0)} authors lately, "
+        f"{swarm['groups_missing']:,} missing",
     )
     table.add_row(
         "pool",
@@ -170,6 +182,19 @@ def _add_swarm(table: Table, swarm: Mapping[str, Any], training: Mapping[str, An
         refused = "  ".join(f"{name} {count:,}" for name, count in swarm["refusals"].items())
         table.add_row("refused", f"{swarm['num_rejected']:,} held against somebody, {swarm['num_ignored']:,} not")
         table.add_row("", refused)
+
+
+def _add_bridge(table: Table, bridge: Mapping[str, Any]) -> None:
+    table.add_row(
+        "bridge",
+        f"{bridge['batches_offered']:,} batches offered across, {bridge['batches_taken']:,} taken from there, "
+        f"{bridge['batches_known']:,} known already   {bridge['nodes_beyond']} nodes beyond",
+    )
+    table.add_row(
+        "",
+        f"{bridge['frames_fetched']:,} groups fetched for the other side, {bridge['frames_missed']:,} not to be had   "
+        f"{bridge['frames_brought']:,} brought from there, {size(bridge['bytes_brought'])}",
+    )
 
 
 def peers_table(peers: list[dict[str, Any]]) -> Table:

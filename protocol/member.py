@@ -234,6 +234,7 @@ class Member:
         drawn = self.pool.sample(num_drawn, now_s, is_newcomer=is_newcomer, weight=weight)
         for entry in drawn:
             local.counters.age_of_sampled_s.add(now_s - entry.created_at_s)
+            local.counters.authors_sampled.append(entry.author)
         local.counters.groups_sampled += len(drawn)
         local.counters.groups_missing += num_drawn - len(drawn)
         self.pulling.wake()

@@ -56,6 +56,7 @@ def status_of(member: "Member") -> dict[str, Any]:
         "requests_failed": counters.requests_failed,
         "transport_restarts": traffic.num_restarts,
         **_counted(counters),
+        "authors_sampled": len(set(counters.authors_sampled)),
         "announcements_duplicate": local.refusals[Reason.DUPLICATE],
         "refusals": local.refusals.as_dict(),
         "num_rejected": local.refusals.num_rejected,

@@ -72,7 +72,7 @@ class BridgeSide:
     """What makes a member a side of a bridge. `member` scores nothing, and gives from `store`."""
 
     def __init__(self, member: Member, store: BridgeStore, channel: Channel) -> None:
-        self._member, self._local, self._store, self._channel = member, member.local, store, channel
+        self.member, self._local, self._store, self._channel = member, member.local, store, channel
         self._fetching = Fetching(member.local, store, member.admission, member.pulling, member.neighbours)
         self._records = FarRecords(member.local, member.directory)
         self._sources: dict[bytes, Sources] = {}  # by root: of batches that were heard of here first
@@ -93,25 +93,24 @@ class BridgeSide:
         channel.handle("records", self._records.handle, max_request_bytes=MAX_PEERS_RESPONSE_BYTES)
 
     async def start(self) -> None:
-        """Start the member, and let things cross. Raises what the member's start does."""
-        await self._member.start()
-        await self._channel.start()
+        """Start the member, and let things cross; the channel was started. Raises what the member's start does."""
+        await self.member.start()
         self._local.tasks.spawn(self._tell_loop(), "bridge")
 
     async def close(self) -> None:
         """Leave the network, with the member's state saved, and hang up."""
         try:
-            await self._member.close()
+            await self.member.close()
         finally:
             await self._channel.close()
 
     async def wait_failed(self) -> None:
         """Return never; raise what has killed the member, the channel, or the other side."""
-        await first_of(self._member.wait_failed(), self._channel.wait_failed())
+        await first_of(self.member.wait_failed(), self._channel.wait_failed())
 
     def status(self) -> dict[str, Any]:
         """The member's status, with what has crossed: plain data."""
-        found = self._member.status()
+        found = self.member.status()
         found["bridge"] = {
             "batches_offered": self._num_offered,
             "batches_taken": self._num_taken,
@@ -140,7 +139,7 @@ class BridgeSide:
         """Note who offers what of a batch of this side; what nobody has offered before is offered to the other side."""
         if self._store.claimed(batch.root):
             return  # it comes from the other side
-        is_here = batch.author == teller or batch.author in self._member.directory
+        is_here = batch.author == teller or batch.author in self.member.directory
         frames = batch.all_frames if is_here else held
         sources = self._sources.setdefault(batch.root, Sources())
         new = frames & ~sources.offered
@@ -177,7 +176,7 @@ class BridgeSide:
         offers = fitting_offers(list(self._offers(roots)))
         told = {offer.encoded for offer in offers}
         for root in roots:
-            batch = self._member.announcements.get(root)
+            batch = self.member.announcements.get(root)
             if batch is None or batch.announcement.encoded in told:
                 del self._unsaid[root]
         request = encode_announce_request(AnnounceRequest(offers))
@@ -190,14 +189,14 @@ class BridgeSide:
 
     def _offers(self, roots: list[bytes]) -> Iterator[Offer]:
         for root in roots:
-            batch = self._member.announcements.get(root)
+            batch = self.member.announcements.get(root)
             if batch is not None:
                 yield Offer(batch.announcement.encoded, self._sources[root].offered)
 
     async def _handle_pull(self, asker: str, payload: bytes) -> bytes:
         """Have frames of this side brought, and give them to the other side."""
         request = decode_pull_request(payload)
-        batch, sources = self._member.announcements.get(request.root), self._sources.get(request.root)
+        batch, sources = self.member.announcements.get(request.root), self._sources.get(request.root)
         if batch is None or sources is None:
             raise RequestRefused(Reason.NOT_HELD)
         await self._fetching.bring(batch, sources, request.numbers)
@@ -216,7 +215,7 @@ class BridgeSide:
         return encode_announce_response(AnnounceResponse(self._quiet_s()))
 
     def _take(self, offer: Offer) -> None:
-        member, local = self._member, self._local
+        member, local = self.member, self._local
         num_before = local.counters.batches_heard
         batch = member.admission.announcement(offer.encoded, local.node_id, asked=True, is_counted=True)
         if batch is None:
@@ -234,7 +233,7 @@ class BridgeSide:
     def _quiet_s(self) -> int:
         """For how long none of those neighbours that use what crosses wants to hear of more."""
         now_s = self._local.clock()
-        waits = [link.quiet_until_s - now_s for link in self._member.neighbours.ids.values() if self._uses(link, now_s)]
+        waits = [link.quiet_until_s - now_s for link in self.member.neighbours.ids.values() if self._uses(link, now_s)]
         return max(0, min(MAX_QUIET_S, math.ceil(min(waits, default=TICK_S))))
 
     def _uses(self, link: Neighbour, now_s: float) -> bool:
@@ -243,7 +242,7 @@ class BridgeSide:
     async def _bring(self, asker: str, request: PullRequest) -> None:
         """Fetch what a peer asks for and is not here from the other side."""
         store, now_s = self._store, self._local.clock()
-        batch, claimed = self._member.announcements.get(request.root), store.claimed(request.root)
+        batch, claimed = self.member.announcements.get(request.root), store.claimed(request.root)
         if batch is None or not claimed:
             return
         self._used_at_s[asker] = now_s
@@ -288,7 +287,7 @@ class BridgeSide:
 
     def _forget(self) -> None:
         """Keep no more than there are live batches and neighbours."""
-        live = self._member.announcements
+        live = self.member.announcements
         if len(self._sources) > len(live):
             self._sources = {root: one for root, one in self._sources.items() if live.get(root) is not None}
         horizon_s = self._local.clock() - USE_S
