@@ -17,12 +17,13 @@ if TYPE_CHECKING:
 
 __all__ = ["add_commands"]
 
+_TRANSPORT = click.option("--transport", type=click.Choice(["hivemind"]), help="What carries the bytes.  [hivemind]")
 _NETWORK = [
     click.option("--peers", metavar="MADDR", multiple=True, help="A live node to join through; any one is enough."),
     click.option("--listen", metavar="MADDR", multiple=True, help="Where to listen, or a port.  [free ports]"),
     click.option("--announce", metavar="MADDR", multiple=True, help="What others are told instead."),
     click.option("--swarm-id", metavar="NAME", help="Which swarm.  [main]"),
-    click.option("--transport", type=click.Choice(["hivemind"]), help="What carries the bytes.  [hivemind]"),
+    _TRANSPORT,
 ]
 _WHERE = [
     click.option("--run-dir", type=click.Path(path_type=Path), help="The node's run folder.  [the newest in runs/]"),
@@ -183,14 +184,22 @@ def peers(run_dir: Path | None, socket: Path | None, as_json: bool) -> int:
 @click.command()
 @click.option("--peers", metavar="MADDR", multiple=True, help="A node to begin with.  [the newest in runs/]")
 @click.option("--swarm-id", metavar="NAME", help="Which swarm.  [main, or that of the newest node in runs/]")
+@_TRANSPORT
 @click.option("--run-dir", type=click.Path(path_type=Path), help="Begin with the node of this run folder.")
 @click.option("--timeout", "timeout_s", type=float, default=10.0, show_default=True, metavar="S", help="In seconds.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, with a schema_version.")
-def network(peers: tuple[str, ...], swarm_id: str | None, run_dir: Path | None, timeout_s: float, as_json: bool) -> int:
+def network(
+    peers: tuple[str, ...],
+    swarm_id: str | None,
+    transport: str | None,
+    run_dir: Path | None,
+    timeout_s: float,
+    as_json: bool,
+) -> int:
     """The swarm as a whole, found by asking one node after another."""
     from node.network import show_network
 
-    return show_network(peers, swarm_id, run_dir, timeout_s=timeout_s, as_json=as_json)
+    return show_network(peers, swarm_id, transport, run_dir, timeout_s=timeout_s, as_json=as_json)
 
 
 @click.command()

@@ -44,14 +44,22 @@ class NobodyAnswers(UserError):
 
 
 def show_network(
-    peers: Sequence[str], swarm_id: str | None, run_dir: Path | None, *, timeout_s: float, as_json: bool
+    peers: Sequence[str],
+    swarm_id: str | None,
+    transport: str | None,
+    run_dir: Path | None,
+    *,
+    timeout_s: float,
+    as_json: bool,
 ) -> int:
     """Print the swarm."""
+    given: dict[str, str | None] = {"swarm_id": swarm_id, "transport": transport}
     addresses = checked_peers(peers)
     if not addresses:
-        addresses, known_id = _addresses_of(run_dir if run_dir is not None else newest_status(RUNS))
-        swarm_id = swarm_id or known_id
-    config = RunConfig.model_validate({"swarm": {"swarm_id": swarm_id or "main"}})
+        addresses, known = _addresses_of(run_dir if run_dir is not None else newest_status(RUNS), transport)
+        given = {name: value or known[name] for name, value in given.items()}
+    sections = (("swarm", "swarm_id"), ("network", "transport"))
+    config = RunConfig.model_validate({section: {name: given[name]} for section, name in sections if given[name]})
     found = asyncio.run(_look(config, addresses, timeout_s))
     network = describe_network(found, config.swarm.swarm_id, time.time())
     if as_json:
@@ -61,12 +69,18 @@ def show_network(
     return 0
 
 
-def _addresses_of(run_dir: Path) -> tuple[list[str], str]:
-    """Return the addresses to begin with and the swarm of a node that runs here, or has run."""
-    swarm = read_status(run_dir)["swarm"]
-    if swarm is None:
+def _addresses_of(run_dir: Path, transport: str | None) -> tuple[list[str], dict[str, str]]:
+    """Return the addresses to begin with, the swarm and the transport of a node that runs here, or has run.
+
+    Of a bridge, the side of this transport, or the first.
+    """
+    status = read_status(run_dir)
+    if status["swarm"] is None:
         raise NobodyAnswers(f"{run_dir} is of a node that learns alone; name a node of a swarm with --peers")
-    return [*swarm["addresses"], *swarm["given_peers"]], swarm["swarm_id"]
+    sides = status.get("sides", [status["swarm"]])
+    swarm = next((side for side in sides if side["transport"] == transport), sides[0])
+    known = {name: str(swarm[name]) for name in ("swarm_id", "transport")}
+    return [*swarm["addresses"], *swarm["given_peers"]], known
 
 
 async def _look(config: RunConfig, addresses: Sequence[str], timeout_s: float) -> list[Crawled]:
@@ -107,7 +121,9 @@ def describe_network(found: Sequence[Crawled], swarm_id: str, now_s: float) -> d
     nodes: list[dict[str, Any]] = [
         {
             "node_id": one.record.node_id,
+            "transport": one.record.transport,
             "reachable": one.reachable,
+            "is_beyond": one.is_beyond,
             "rtt_ms": one.rtt_ms,
             "role": one.record.role,
             "model": one.record.model,
@@ -118,17 +134,20 @@ def describe_network(found: Sequence[Crawled], swarm_id: str, now_s: float) -> d
             "addresses": list(one.record.addresses),
             "record_age_s": max(0.0, now_s - one.record.created_at_ms / 1000),
         }
-        for one in sorted(found, key=lambda one: (not one.reachable, one.record.role, one.record.node_id))
+        for one in sorted(
+            found, key=lambda one: (not one.reachable, not one.is_beyond, one.record.role, one.record.node_id)
+        )
         if one.record.software != _ABOUT.software
     ]
-    live = [node for node in nodes if node["reachable"]]
+    live = [node for node in nodes if node["reachable"] or node["is_beyond"]]  # of the latter a bridge has just told
     trainers = [node for node in live if node["role"] == "trainer"]
     return {
         "schema_version": SCHEMA_VERSION,
         "swarm_id": swarm_id,
         "taken_at": now_s,
         "num_nodes": len(nodes),
-        "num_reachable": len(live),
+        "num_reachable": sum(node["reachable"] for node in nodes),
+        "num_beyond": sum(node["is_beyond"] for node in nodes),
         "num_trainers": len(trainers),
         "rollouts_per_minute": sum(node["rollouts_per_minute"] for node in trainers),
         "models": dict(Counter(node["model"] for node in trainers).most_common()),
@@ -138,14 +157,21 @@ def describe_network(found: Sequence[Crawled], swarm_id: str, now_s: float) -> d
     }
 
 
+def _place(one: Crawled) -> tuple[bool, bool, str, str]:
+    """Where a node stands in the list."""
+    return not one.reachable, not one.is_beyond, one.record.role, one.record.node_id
+
+
 def network_view(network: dict[str, Any]) -> Group:
     """Draw the swarm."""
     totals = Table.grid(padding=(0, 2))
     totals.add_column(style="dim", justify="right")
     totals.add_column(overflow="fold")
+    beyond = f"{network['num_beyond']} are beyond a bridge, " if network["num_beyond"] else ""
     totals.add_row(
         "nodes",
-        f"{network['num_nodes']} known, {network['num_reachable']} answer, {network['num_trainers']} of these learn",
+        f"{network['num_nodes']} known, {network['num_reachable']} answer, "
+        f"{beyond}{network['num_trainers']} of these learn",
     )
     totals.add_row("rollouts", f"{network['rollouts_per_minute']:,} completions a minute, by their own account")
     for name in ("models", "tasks", "software"):
@@ -154,7 +180,9 @@ def network_view(network: dict[str, Any]) -> Group:
     for name in ("node", "role", "model", "tasks", "rollouts/min", "software", "protocol", "reach"):
         table.add_column(name, justify="right" if name == "rollouts/min" else "left", overflow="fold")
     for node in network["nodes"]:
-        reach = f"{node['rtt_ms']:.0f} ms" if node["reachable"] else "no answer"
+        reach = (
+            f"{node['rtt_ms']:.0f} ms" if node["reachable"] else node["transport"] if node["is_beyond"] else "no answer"
+        )
         table.add_row(
             node["node_id"][:16],
             node["role"],
@@ -163,6 +191,13 @@ def network_view(network: dict[str, Any]) -> Group:
             f"{node['rollouts_per_minute']:,}",
             node["software"],
             ".".join(map(str, node["protocol_version"])),
-            Text(reach, style="green" if node["reachable"] else "red"),
+            _reach(node),
         )
     return Group(Text(f"swarm {network['swarm_id']!r}", style="bold"), totals, table)
+
+
+def _reach(node: dict[str, Any]) -> Text:
+    """Say how a node was reached; of one beyond a bridge, over what others reach it."""
+    if node["reachable"]:
+        return Text(f"{node['rtt_ms']:.0f} ms", style="green")
+    return Text(node["transport"], style="yellow") if node["is_beyond"] else Text("no answer", style="red")

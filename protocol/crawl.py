@@ -39,6 +39,7 @@ class Crawled:
     record: NodeRecord
     reachable: bool
     rtt_ms: float | None  # None where it was not reached
+    is_beyond: bool = False  # of another network that a bridge joins to this one: it cannot be asked from here
 
 
 async def crawl(
@@ -123,10 +124,13 @@ class _Crawler:
         num_new = 0
         for encoded in decode_peers_response(data).records:
             record = decode_node_record(encoded)
-            if record.node_id in self.found or record.node_id == self._identity.node_id:
+            is_beyond, known = record.transport != self._transport.name, self.found.get(record.node_id)
+            is_news = known is None or (known.is_beyond and not is_beyond)  # a bridge is on both sides
+            if not is_news or record.node_id == self._identity.node_id:
                 continue
             verify_node_record(self._swarm_id, record)
-            self.found[record.node_id] = Crawled(record, False, None)
-            self.waiting.append(record.node_id)
+            self.found[record.node_id] = Crawled(record, False, None, is_beyond)
+            if not is_beyond:
+                self.waiting.append(record.node_id)
             num_new += 1
         return num_new

@@ -2,11 +2,13 @@
 
 import io
 import time
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from node.addresses import AddressError, best_address, checked_peers, expand_listen
+from node.bridge import bridge_status
 from node.network import describe_network, network_view
 from node.stats import peers_table, size, stats_view
 from node.status import build_status, warnings_of
@@ -35,6 +37,7 @@ SWARM = dict.fromkeys(COUNTERS.split(), 5) | {
     "node_id": NODE,
     "swarm_id": "main",
     "state": "joined",
+    "transport": "hivemind",
     "addresses": ["/ip4/127.0.0.1/tcp/1/p2p/x", "/ip4/192.0.2.7/udp/1/quic-v1/p2p/x", "/ip4/192.0.2.7/tcp/1/p2p/x"],
     "num_peers": 1,
     "num_outbound": 1,
@@ -104,6 +107,22 @@ def test_a_silo_a_bootstrap_and_one_that_has_ended_are_shown_as_what_they_are():
     assert "not running: as it was at" in drawn(stats_view(ended))
 
 
+def test_a_bridge_is_shown_with_both_its_sides_and_the_peers_of_both():
+    crossed = (
+        "batches_offered batches_taken batches_known frames_fetched frames_missed frames_brought bytes_brought "
+        "batches_to_give nodes_beyond"
+    )
+    first = SWARM | {"bridge": dict.fromkeys(crossed.split(), 7), "warnings": ["few peers"]}
+    second = first | {"transport": "libp2p", "peers": [PEER | {"node_id": "e" * 52}], "warnings": ["the clock is off"]}
+    status = bridge_status(Path("runs/b"), time.time(), first, second)
+    assert status["warnings"] == ["hivemind: few peers", "libp2p: the clock is off"]
+    text = drawn(stats_view(status))
+    for part in ("joined over hivemind", "joined over libp2p", "7 groups fetched for the other side", "eeeeeeee"):
+        assert part in text, part
+    assert text.count("7 nodes beyond") == 2
+    assert bridge_status(Path("runs/b"), time.time(), first, None)["sides"] == [first], "the second one still starts"
+
+
 def test_warnings_name_what_to_look_at():
     assert warnings_of(TRAINING, SWARM) == []
     assert warnings_of(TRAINING, None) == []
@@ -146,6 +165,21 @@ def test_a_network_adds_up_what_answers_and_lists_the_rest():
     text = drawn(network_view(network))
     for part in ("4 known, 3 answer, 2 of these learn", "120 completions a minute", "tiny (1)", "no answer", "3 ms"):
         assert part in text, part
+
+
+def test_a_network_counts_nodes_beyond_a_bridge_and_says_over_what_they_are_reached():
+    found = [
+        Crawled(record("c" * 52, rate=30), False, None, is_beyond=True),
+        Crawled(record("a" * 52), True, 3.0),
+        Crawled(record("b" * 52), False, None),
+    ]
+    network = describe_network(found, "main", now_s=1010.0)
+    assert (network["num_nodes"], network["num_reachable"], network["num_beyond"]) == (3, 1, 1)
+    assert (network["num_trainers"], network["rollouts_per_minute"]) == (2, 90)
+    assert [node["node_id"][0] for node in network["nodes"]] == ["a", "c", "b"]
+    text = drawn(network_view(network))
+    assert "3 known, 1 answer, 1 are beyond a bridge, 2 of these learn" in text
+    assert [part in text for part in ("memory", "no answer")] == [True, True]
 
 
 def test_addresses_as_people_type_them():
