@@ -41,6 +41,16 @@ class InterruptibleEngine(Engine):
         return self._engine.step_cost_tokens
 
     @property
+    def prefill_cost_tokens(self) -> float:  # type: ignore[override]
+        """That of the engine within."""
+        return self._engine.prefill_cost_tokens
+
+    @property
+    def num_slots(self) -> int:  # type: ignore[override]
+        """That of the engine within."""
+        return self._engine.num_slots
+
+    @property
     def stats(self) -> EngineStats:  # type: ignore[override]
         """Counters of the engine within."""
         return self._engine.stats

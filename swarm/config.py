@@ -81,7 +81,11 @@ class RolloutConfig(Section):
     over_provision: float = Field(
         0.0, ge=0, description="groups in flight for each group of a round, at least 1; 0: adapted to what pays"
     )
-    max_over_provision: float = Field(4.0, ge=1, description="the most that over_provision is adapted to")
+    max_over_provision: float = Field(
+        6.0,
+        ge=1,
+        description="the most that over_provision is adapted to; max_age, where tokens of older policies are kept",
+    )
     order: Literal["submission", "arrival"] = Field(
         "submission",
         description="submission: a round returns its own groups, without length bias; arrival: what is whole first",

@@ -110,6 +110,16 @@ class EngineShare(Engine):
         return self._shared.engine.step_cost_tokens
 
     @property
+    def prefill_cost_tokens(self) -> float:  # type: ignore[override]
+        """That of the engine."""
+        return self._shared.engine.prefill_cost_tokens
+
+    @property
+    def num_slots(self) -> int:  # type: ignore[override]
+        """That of the engine."""
+        return self._shared.engine.num_slots
+
+    @property
     def stats(self) -> EngineStats:  # type: ignore[override]
         """Counters of the engine, all shares together."""
         return self._shared.engine.stats

@@ -90,6 +90,8 @@ class Engine(ABC):
     speculates: ClassVar[bool] = False  # whether it asks a `speculator` for drafts, where it has one
     speculator: "Speculator | None" = None
     step_cost_tokens: float = 300.0  # decoding so many tokens takes about as long as a step does beside its tokens
+    prefill_cost_tokens: float = 0.5  # prefilling a token, and drawing at its position, against decoding one
+    num_slots: int = 64  # requests that are written at one time
     max_seq_len: int = 2**31  # longest prompt and budget of one request, in tokens
     stats: EngineStats
 

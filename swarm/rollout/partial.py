@@ -16,6 +16,7 @@ from swarm.config import RolloutConfig
 from swarm.engine.base import Engine
 from swarm.policy import Policy
 from swarm.rollout.collector import RolloutCollector
+from swarm.rollout.forecast import Costs
 from swarm.rollout.groups import Group, GroupKey
 from swarm.rollout.over_provision import OverProvision, saved_tokens
 from swarm.rollout.scheduler import GroupScheduler, RunCounts
@@ -41,7 +42,12 @@ class PartialRollouts(RolloutCollector):
         self._ahead, self._clock = ahead, clock
         self._verifies = config.stale_tokens == "verify" and engine.verifies_drafts
         self._scheduler = GroupScheduler(engine, order=config.order, max_age=config.max_age, verifies=self._verifies)
-        self._over_provision = OverProvision(config.over_provision, config.max_over_provision, engine.step_cost_tokens)
+        self._costs = Costs(engine.step_cost_tokens, engine.prefill_cost_tokens)
+        most = config.max_over_provision if self._verifies else min(config.max_over_provision, config.max_age)
+        self._over_provision = OverProvision(
+            config.over_provision, most, self._costs,
+            num_slots=engine.num_slots, verifies=self._verifies, by_arrival=config.order == "arrival",
+        )  # fmt: skip
         self._tasks: dict[GroupKey, Task] = {}  # of the groups in flight
         self._num_submitted: dict[int, int] = {}  # tasks of this round and later ones
         self._row: dict[str, Any] = {}
@@ -126,14 +132,14 @@ class PartialRollouts(RolloutCollector):
         completions = [member.written for group in groups for member in group.members if member.written is not None]
         longest = max(len(completion.token_ids) for completion in completions)
         num_tokens = sum(len(completion.token_ids) for completion in completions)
-        self._over_provision.observe(counts, len(completions), num_tokens, longest)
+        lengths = [[member.num_tokens for member in group.members] for group in groups]
+        self._over_provision.observe(counts, lengths, sum(len(group.prompt_ids) for group in groups))
         authors: Counter[int] = Counter()
         for completion in completions:
             for part in completion.segments:
                 authors[part.policy_version] += part.end - part.start
-        step_cost = self._engine.step_cost_tokens
-        saved = saved_tokens(counts, longest, step_cost)
-        took = step_cost * longest + num_tokens - saved
+        saved = saved_tokens(counts, longest, self._costs)
+        took = self._costs.step * longest + num_tokens - saved
         self._row = {
             "over_provision": factor,
             "num_groups_in_flight": counts.num_groups_in_flight,

@@ -40,6 +40,7 @@ class RunCounts:
     num_tokens_resumed: int = 0  # written in earlier runs and given back to the engine, so prefilled
     num_prompt_tokens_resumed: int = 0  # of prompts that earlier runs had prefilled, each once
     num_tokens_cut: int = 0  # of the resumed ones, tokens that the new policy does not write
+    num_drafts_cut: int = 0  # completions that these were of
     num_groups_in_flight: int = 0  # at the beginning
     num_groups_recycled: int = 0  # returned ones that an earlier run had begun
     num_tokens_recycled: int = 0  # that these had when the run began
@@ -63,6 +64,7 @@ class GroupScheduler:
         self._num_finished = 0
         self._num_resumed = 0  # tokens that this run has given back to the engine
         self._resumed: set[GroupKey] = set()  # groups that these are of
+        self._num_drafts_cut = 0
         self._version = 0
 
     def __len__(self) -> int:
@@ -99,7 +101,7 @@ class GroupScheduler:
         due = {group.key for group in self._due(num_groups)}
         for group in self._groups.values():
             group.finished_as = group.finished_as if self._is_whole(group) else 0
-        self._num_resumed, num_in_flight = 0, len(self._groups)
+        self._num_resumed, self._num_drafts_cut, num_in_flight = 0, 0, len(self._groups)
         self._resumed.clear()
         prompts = {key: len(group.prompt_ids) for key, group in self._groups.items()}
         self._write(due, num_groups)
@@ -117,6 +119,7 @@ class GroupScheduler:
             num_tokens_resumed=self._num_resumed,
             num_prompt_tokens_resumed=sum(prompts[key] for key in self._resumed),
             num_tokens_cut=stats.num_draft_tokens - stats.num_draft_tokens_kept - num_cut_before,
+            num_drafts_cut=self._num_drafts_cut,
             num_groups_in_flight=num_in_flight,
             num_groups_recycled=len(recycled),
             num_tokens_recycled=sum(had[group.key] for group in recycled),
@@ -215,5 +218,7 @@ class GroupScheduler:
         group, member = self._asked.pop(completion.request_id)
         self._held.discard(id(member))
         if completion.token_ids:
+            before = () if member.written is None else member.written.token_ids
+            self._num_drafts_cut += completion.token_ids[: len(before)] != before
             member.written = completion
         return group

@@ -40,7 +40,8 @@ from swarm.types import Completion, FinishReason
 __all__ = ["TorchEngine"]
 
 _PREFILL_TOKENS = 8192  # tokens of one prefill pass; bounds its memory
-_CPU_STEP_COST_TOKENS = 10.0  # measured: 8 for `tiny`, 13 for `smollm2-135m`, on two cores
+_CPU_STEP_COST_TOKENS = 20.0  # measured: 25 for `tiny`, 17 for `smollm2-135m`, on two cores
+_CPU_PREFILL_COST_TOKENS = 1.2  # likewise: 1.0 and 1.5
 _DRAWN_ROWS = 512  # rows of logits that exist at one time while drafts are verified
 
 
@@ -72,6 +73,7 @@ class TorchEngine(Engine):
         if kind is None:
             raise ValueError(f"the chosen runner cannot run {type(model).__name__}")
         self.max_seq_len = sequence_limit(model, max_seq_len or config.max_seq_len)
+        self.num_slots = config.max_slots
         with torch.inference_mode():
             self._runner: ModelRunner = kind(model, config.max_slots, self.max_seq_len)
             self._slots = Slots(config.max_slots, self.max_seq_len, sorted(eos_token_ids))
@@ -79,7 +81,7 @@ class TorchEngine(Engine):
             if self._runner.device.type != "cpu":
                 self._decode_step = DecodeStep(self._runner, config.max_slots, self.max_seq_len, record=record_graphs)
             else:
-                self.step_cost_tokens = _CPU_STEP_COST_TOKENS
+                self.step_cost_tokens, self.prefill_cost_tokens = _CPU_STEP_COST_TOKENS, _CPU_PREFILL_COST_TOKENS
         self.speculator = speculator or make_speculator(config.speculation)
         self._waiting: deque[Running] = deque()
         self._shapes = weight_shapes(model.state_dict())

@@ -116,6 +116,7 @@ class VllmEngine(Engine):
         self.max_seq_len = sequence_limit(model, max_seq_len or config.max_seq_len)
         if model.device.type == "cpu":
             self.step_cost_tokens = _CPU_STEP_COST_TOKENS
+        self.num_slots = config.max_slots
         self._vocab_size = model.config.get_text_config().vocab_size
         self._eos_token_ids = sorted(eos_token_ids)
         self._max_slots = config.max_slots

@@ -25,13 +25,19 @@ class SimulatedEngine(Engine):
         self.length, self.num_slots, self.change = length, num_slots, change
         self.waiting: deque[Request] = deque()
         self.running: dict[int, tuple[Request, int, int]] = {}  # id -> request, tokens, tokens that were resumed
+        self.changed: dict[tuple[int, int], tuple[int, int]] = {}  # seed, position -> versions looked at, last change
         self.generated: Counter[int] = Counter()  # by seed: tokens that were decoded, not kept from a draft
 
     def token(self, seed: int, position: int, version: int) -> int:
         """What a version writes: the token of the newest version that changed this position."""
         if not self.change:
             return (seed + position) % 1000
-        last = next((v for v in range(version, 0, -1) if fold_seed(seed, position, v) < self.change * 2.0**64), 0)
+        looked, last = self.changed.get((seed, position), (0, 0))
+        if version < last:
+            looked = last = 0
+        for newer in range(looked + 1, version + 1):
+            last = newer if fold_seed(seed, position, newer) < self.change * 2.0**64 else last
+        self.changed[seed, position] = version, last
         return fold_seed(seed, position, last, 1) % 1000
 
     @property
