@@ -141,7 +141,7 @@ class Answerer(Mux):
         self._num_requests += 1
         if len(self._open) >= MAX_OPEN_REQUESTS:
             raise BrokenStream("too many requests at one time", "too_many_requests")
-        self._tally.num_requests_in += 1
+        self._tally.num_requests_in += head.name not in self._tally.own_names
         request = _Request(head, check_piece(len(piece), head.num_bytes))
         self._open[number] = request
         try:

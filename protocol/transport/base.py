@@ -28,6 +28,7 @@ __all__ = [
     "Handler",
     "Judge",
     "Judgement",
+    "NotConnected",
     "PeerUnreachable",
     "Record",
     "RecordValidator",
@@ -55,6 +56,10 @@ class PeerUnreachable(TransportError):
     """No connection to the peer could be made, or it broke before the response was whole."""
 
     reason = "unreachable"
+
+
+class NotConnected(PeerUnreachable):
+    """There is no connection to the peer: nothing was asked."""
 
 
 class ClockSkewed(PeerUnreachable):

@@ -29,28 +29,50 @@ def check_name(name: str) -> str:
     return name
 
 
+class _Places:
+    """How many requests are under way, in all and of one asker, and how many may be."""
+
+    def __init__(self, max_requests: int, max_requests_per_asker: int) -> None:
+        self._max_requests, self._max_requests_per_asker = max_requests, max_requests_per_asker
+        self._num_under_way: Counter[str] = Counter()  # by asker
+        self._num_all = 0
+
+    def take(self, asker: str) -> None:
+        """Take a place. Raises RequestRefused where there is none."""
+        if self._num_all >= self._max_requests or self._num_under_way[asker] >= self._max_requests_per_asker:
+            raise RequestRefused(BUSY, "too many requests at one time; ask again later")
+        self._num_all += 1
+        self._num_under_way[asker] += 1
+
+    def give_back(self, asker: str) -> None:
+        """Give a place back."""
+        self._num_all -= 1
+        self._num_under_way[asker] -= 1
+        if not self._num_under_way[asker]:
+            del self._num_under_way[asker]
+
+
 class Dispatcher:
     """The handlers of one node, with the count of requests that are under way."""
 
     def __init__(
         self, *, max_requests: int = MAX_REQUESTS, max_requests_per_asker: int = MAX_REQUESTS_PER_ASKER
     ) -> None:
-        self._max_requests, self._max_requests_per_asker = max_requests, max_requests_per_asker
-        self._handlers: dict[str, tuple[Handler, int]] = {}
-        self._num_under_way: Counter[str] = Counter()  # by asker
-        self._num_all = 0
+        self._handlers: dict[str, tuple[Handler, int, _Places]] = {}
+        self._places = _Places(max_requests, max_requests_per_asker)
+        self._places_apart = _Places(MAX_REQUESTS, MAX_REQUESTS_PER_ASKER)
         self.failure: BaseException | None = None  # the first bug in a handler
         self._failed = asyncio.Event()
 
-    def handle(self, name: str, handler: Handler, max_request_bytes: int) -> None:
-        """Register a handler."""
+    def handle(self, name: str, handler: Handler, max_request_bytes: int, *, apart: bool = False) -> None:
+        """Register a handler. Requests that are handled `apart`, the transport's own, take no place from the others."""
         if check_name(name) in self._handlers:
             raise ValueError(f"requests called {name!r} have a handler already")
         if not 0 <= max_request_bytes <= MAX_FRAME_BYTES:
             raise ValueError(
                 f"max_request_bytes is {max_request_bytes}; the most that can be sent is {MAX_FRAME_BYTES}"
             )
-        self._handlers[name] = (handler, max_request_bytes)
+        self._handlers[name] = (handler, max_request_bytes, self._places_apart if apart else self._places)
 
     @contextmanager
     def admit(self, asker: str, name: str, num_bytes: int) -> Iterator[None]:
@@ -60,17 +82,12 @@ class Dispatcher:
             raise RequestRefused(UNKNOWN_NAME, f"no request is called {name[:32]}")
         if num_bytes > handler[1]:
             raise RequestRefused(TOO_LARGE, f"a {name} request has at most {handler[1]} bytes")
-        if self._num_all >= self._max_requests or self._num_under_way[asker] >= self._max_requests_per_asker:
-            raise RequestRefused(BUSY, "too many requests at one time; ask again later")
-        self._num_all += 1
-        self._num_under_way[asker] += 1
+        places = handler[2]
+        places.take(asker)
         try:
             yield
         finally:
-            self._num_all -= 1
-            self._num_under_way[asker] -= 1
-            if not self._num_under_way[asker]:
-                del self._num_under_way[asker]
+            places.give_back(asker)
 
     async def answer(self, asker: str, name: str, payload: bytes) -> bytes:
         """Return the handler's response to an admitted request. Raises RequestRefused.

@@ -7,8 +7,6 @@ their owner, and cache entries are refused. Nothing here needs hivemind to be im
 """
 
 import hashlib
-import math
-from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,18 +20,26 @@ from protocol.clock import Clock
 from protocol.errors import IdentityError
 from protocol.identity import public_key_of
 from protocol.transport.base import MAX_RECORD_VALUE_BYTES, Record, RecordValidator
+from protocol.transport.records import (
+    MAX_CLOCK_SKEW_S,
+    MAX_KEY_BYTES,
+    MAX_RECORDS_PER_KEY,
+    RecordRules,
+    RecordStore,
+)
 
-__all__ = ["BoundedStorage", "OwnedRecordValidator", "dht_id_of_key", "pack_record", "unpack_records"]
+__all__ = [
+    "MAX_CLOCK_SKEW_S",
+    "MAX_PACKED_BYTES",
+    "MAX_RECORDS_PER_KEY",
+    "BoundedStorage",
+    "OwnedRecordValidator",
+    "dht_id_of_key",
+    "pack_record",
+    "unpack_records",
+]
 
-MAX_KEY_BYTES = 64
-MAX_RECORD_LIFE_S = 600.0  # from now until a record expires
-MAX_CLOCK_SKEW_S = 60.0  # between the owner's clock and ours
-MAX_RECORDS_PER_KEY = 256  # owners under one key on one node
-MAX_KEYS_PER_OWNER = 16  # on one node
-MAX_RECORDS = 16_384  # on one node
-MIN_RENEWAL_S = 1.0  # a record replaces its owner's earlier one if it expires at least this much later
 MAX_PACKED_BYTES = 1 + MAX_KEY_BYTES + MAX_RECORD_VALUE_BYTES
-_NUM_REMEMBERED = 8192  # records whose signature was found good
 
 
 def dht_id_of_key(key: bytes) -> DHTID:
@@ -67,8 +73,7 @@ class OwnedRecordValidator(RecordValidatorBase):  # type: ignore[misc]  # hivemi
     """What hivemind asks before it stores a record, and before it believes one that a peer returned."""
 
     def __init__(self, validator: RecordValidator, clock: Clock) -> None:
-        self._validator, self._clock = validator, clock
-        self._good: OrderedDict[bytes, None] = OrderedDict()  # digests; what is good stays so until it expires
+        self._rules = RecordRules(validator, clock)
 
     def validate(self, record: DHTRecord) -> bool:
         """Whether this is a live record of its owner."""
@@ -76,8 +81,7 @@ class OwnedRecordValidator(RecordValidatorBase):  # type: ignore[misc]  # hivemi
 
     def owner_of(self, dht_key: bytes, subkey: bytes, packed: bytes, expires_at: float) -> str | None:
         """Return whose good record this is, or None for one that is not good."""
-        now = self._clock()
-        if not math.isfinite(expires_at) or not now < expires_at <= now + MAX_RECORD_LIFE_S + MAX_CLOCK_SKEW_S:
+        if not self._rules.is_timely(expires_at):
             return None
         owner, content = _owner_of_subkey(subkey), _unpack(packed)
         if owner is None or content is None:
@@ -85,14 +89,7 @@ class OwnedRecordValidator(RecordValidatorBase):  # type: ignore[misc]  # hivemi
         key, value = content
         if not key or len(key) > MAX_KEY_BYTES or dht_id_of_key(key).to_bytes() != dht_key:
             return None
-        digest = hashlib.sha256(repr((key, owner, value, expires_at)).encode()).digest()
-        if digest not in self._good:
-            if not self._validator(key, owner, value, expires_at, now):
-                return None
-            self._good[digest] = None
-            if len(self._good) > _NUM_REMEMBERED:
-                self._good.popitem(last=False)
-        return owner
+        return owner if self._rules.is_good(key, owner, value, expires_at) else None
 
 
 def _owner_of_subkey(subkey: bytes) -> str | None:
@@ -110,14 +107,11 @@ def _owner_of_subkey(subkey: bytes) -> str | None:
 
 
 class BoundedStorage(DHTLocalStorage):  # type: ignore[misc]  # hivemind has no types
-    """What one node holds for the others. First come, first kept: who is there cannot be crowded out."""
+    """A `RecordStore` as hivemind's DHT uses it."""
 
     def __init__(self, clock: Clock) -> None:
         super().__init__()
-        self._clock = clock
-        self._keys: dict[DHTID, dict[str, ValueWithExpiration]] = {}
-        self._owners: dict[str, set[DHTID]] = {}
-        self._num_records = 0
+        self._held = RecordStore(clock)
 
     def store(self, key: DHTID, value: Any, expiration_time: float, subkey: Any = None) -> bool:
         """Store a record; refuse a plain value."""
@@ -125,63 +119,23 @@ class BoundedStorage(DHTLocalStorage):  # type: ignore[misc]  # hivemind has no 
 
     def store_subkey(self, key: DHTID, subkey: Any, value: bytes, expiration_time: float) -> bool:
         """Store a good record as far as the quotas allow. Returns whether it is held now."""
-        self._drop_expired(key)
-        held = self._keys.get(key, {})
-        earlier = held.get(subkey)
-        if earlier is not None:
-            if earlier.value == value and earlier.expiration_time == expiration_time:
-                return True
-            if earlier.expiration_time + MIN_RENEWAL_S > expiration_time:
-                return False
-        elif not self._has_room(key, subkey):
-            self._drop_all_expired()
-            if not self._has_room(key, subkey):
-                return False
-        if earlier is None:
-            self._num_records += 1
-            self._keys.setdefault(key, {})
-            self._owners.setdefault(subkey, set()).add(key)
-        self._keys[key][subkey] = ValueWithExpiration(value, expiration_time)
-        return True
+        return self._held.put(key, subkey, value, expiration_time)
 
     def get(self, key: DHTID) -> ValueWithExpiration | None:
         """Return a copy of what is under a key, as the dictionary that hivemind sends."""
-        self._drop_expired(key)
-        held = self._keys.get(key)
-        return as_dictionary(held) if held else None
+        held = self._held.get(key)
+        records = {owner: ValueWithExpiration(one.value, one.expires_at) for owner, one in held.items()}
+        return as_dictionary(records) if records else None
 
     def items(self) -> Iterator[Any]:
         """Return nothing: hivemind would hand whole dictionaries over to new neighbours, which refuse them."""
         return iter(())
 
     def __len__(self) -> int:
-        self._drop_all_expired()
-        return self._num_records
+        return len(self._held)
 
     def __bool__(self) -> bool:
-        return bool(self._num_records)
-
-    def _has_room(self, key: DHTID, owner: str) -> bool:
-        return (
-            self._num_records < MAX_RECORDS
-            and len(self._keys.get(key, ())) < MAX_RECORDS_PER_KEY
-            and len(self._owners.get(owner, ())) < MAX_KEYS_PER_OWNER
-        )
-
-    def _drop_expired(self, key: DHTID) -> None:
-        held, now = self._keys.get(key, {}), self._clock()
-        for owner in [owner for owner, record in held.items() if record.expiration_time <= now]:
-            del held[owner]
-            self._num_records -= 1
-            self._owners[owner].discard(key)
-            if not self._owners[owner]:
-                del self._owners[owner]
-        if key in self._keys and not held:
-            del self._keys[key]
-
-    def _drop_all_expired(self) -> None:
-        for key in list(self._keys):
-            self._drop_expired(key)
+        return bool(len(self._held))
 
 
 def as_dictionary(records: dict[str, ValueWithExpiration]) -> ValueWithExpiration:

@@ -34,6 +34,7 @@ class Tally:
     bytes_out: int = 0
     num_requests_in: int = 0
     num_requests_out: int = 0
+    own_names: frozenset[str] = frozenset()  # of requests that are the transport's own, and not counted
     broken: Counter[str] = field(default_factory=Counter)  # streams, by what their peers did
 
     def count_out(self, num_bytes: int) -> None:

@@ -59,6 +59,10 @@ class Supervisor:
         while len(self._known) > MAX_KNOWN_PEERS:
             self._known.popitem(last=False)
 
+    def address_of(self, node_id: str) -> str | None:
+        """Return where a peer was reached, or said that it can be, if it is one to connect to again."""
+        return self._known.get(node_id)
+
     def forget(self, node_id: str) -> None:
         """Do not connect to a peer again."""
         self._known.pop(node_id, None)

@@ -1,4 +1,7 @@
-"""Every transport is held to this. A new one is added by naming it in `KINDS`."""
+"""Every transport is held to this. A new one is added by naming it in `KINDS`.
+
+hivemind and libp2p cannot be in one process: tests marked `libp2p` run in a call of pytest of their own (`make test`).
+"""
 
 import asyncio
 import functools
@@ -14,8 +17,10 @@ import pytest
 from protocol.identity import Identity
 from protocol.transport import virtual_time
 from protocol.transport.base import (
+    MAX_BROADCAST_BYTES,
     MAX_FRAME_BYTES,
     MAX_RECORD_VALUE_BYTES,
+    Judgement,
     PeerUnreachable,
     RequestRefused,
     RequestTimedOut,
@@ -24,6 +29,7 @@ from protocol.transport.base import (
     TransportError,
 )
 from protocol.transport.hivemind import HivemindSettings, HivemindTransport
+from protocol.transport.libp2p import Libp2pSettings, Libp2pTransport
 from protocol.transport.memory import Faults, MemoryNetwork, MemoryTransport
 from protocol.transport.peer_id import peer_id_of
 
@@ -78,7 +84,7 @@ class HivemindKind(Kind):
 
     async def break_carrier(self, node):
         daemon = node._session.daemon
-        os.kill(daemon._child.pid, signal.SIGKILL)
+        self.kill(daemon)
         async with asyncio.timeout(5):  # in which it must be noticed
             while node._session is not None and node._session.daemon is daemon:  # noqa: ASYNC110
                 await asyncio.sleep(0.001)
@@ -88,11 +94,29 @@ class HivemindKind(Kind):
             while node._session is None:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
 
+    def kill(self, daemon):
+        os.kill(daemon._child.pid, signal.SIGKILL)
 
-KINDS = {kind.name: kind for kind in (MemoryKind, HivemindKind)}
+
+class Libp2pKind(HivemindKind):
+    name = "libp2p"
+    settings = Libp2pSettings(listen=("/ip4/127.0.0.1/tcp/0",), mdns=False)
+
+    def make(self, validator, **limits):
+        return Libp2pTransport(self.identity(), validator, self.settings, clock=self.clock, **limits)
+
+    def kill(self, daemon):
+        async def fail():
+            raise RuntimeError("killed by a test")
+
+        thread = daemon._thread
+        thread._on_trio(lambda: thread.spawn(fail))
 
 
-@pytest.fixture(params=KINDS)
+KINDS = {kind.name: kind for kind in (MemoryKind, HivemindKind, Libp2pKind)}
+
+
+@pytest.fixture(params=["memory", "hivemind", pytest.param("libp2p", marks=pytest.mark.libp2p)])
 def kind(request, tmp_path):
     return KINDS[request.param](tmp_path)
 
@@ -530,6 +554,122 @@ async def test_every_byte_is_counted(kind):
             assert after.num_requests_out - before.num_requests_out == 1
             for num_bytes in (after.bytes_in - before.bytes_in, after.bytes_out - before.bytes_out):
                 assert 100_010 + header <= num_bytes < 101_500  # the rest is the DHT's own upkeep
+
+
+# Broadcasts
+
+
+class Ears:
+    """What a node hears, and what it says of it."""
+
+    def __init__(self):
+        self.heard = []
+        self.judgement = Judgement.ACCEPT
+
+    def judge(self, teller, message):
+        self.heard.append((teller, message))
+        return self.judgement
+
+    async def until(self, num):
+        async with asyncio.timeout(TIMEOUT_S):
+            while len(self.heard) < num:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+
+
+@asynccontextmanager
+async def chain(kind):
+    """Three nodes, each connected to the next, with what they hear; None where the transport has no broadcasts."""
+    nodes, ears = [kind.make(accept_all) for _ in range(3)], [Ears() for _ in range(3)]
+    for node, each in zip(nodes, ears, strict=True):
+        node.hear(each.judge)
+        await node.start()
+    try:
+        if not nodes[0].broadcasts:
+            with pytest.raises(NotImplementedError):
+                await nodes[0].broadcast(b"hello")
+            yield None
+            return
+        for node, other in ((nodes[0], nodes[1]), (nodes[2], nodes[1])):
+            await node.connect(other.addresses[0], timeout_s=TIMEOUT_S)
+        await nodes[2].disconnect(nodes[0].node_id)  # the DHT has made them meet
+        async with asyncio.timeout(TIMEOUT_S):
+            while True:  # until the topic knows of everybody
+                await nodes[0].broadcast(b"are you there?")
+                await asyncio.sleep(0.1)
+                if ears[2].heard:
+                    break
+                for each in ears:
+                    each.judgement = Judgement.ACCEPT
+                await nodes[1].broadcast(random.randbytes(8))
+        for each in ears:
+            each.heard.clear()
+        yield nodes, ears
+    finally:
+        for node in nodes:
+            await node.close()
+
+
+@contract
+async def test_what_is_accepted_is_passed_on_and_heard_once(kind):
+    async with chain(kind) as swarm:
+        if swarm is None:
+            return
+        nodes, ears = swarm
+        for number in range(5):
+            await nodes[0].broadcast(b"news %d" % number)
+        await ears[2].until(5)
+        assert [message for _, message in ears[1].heard] == [b"news %d" % number for number in range(5)]
+        assert {teller for teller, _ in ears[1].heard} == {nodes[0].node_id}
+        assert {teller for teller, _ in ears[2].heard} == {nodes[1].node_id}
+        await nodes[1].broadcast(b"news 3")  # said again, by another: it is known
+        await nodes[1].broadcast(b"more")
+        await ears[2].until(6)
+        assert [message for _, message in ears[2].heard][-1] == b"more"
+        assert not ears[0].heard or ears[0].heard == [(nodes[1].node_id, b"more")]
+
+
+@pytest.mark.parametrize("judgement", [Judgement.IGNORE, Judgement.REJECT])
+def test_what_is_not_accepted_is_not_passed_on(kind, judgement):
+    async def run():
+        async with chain(kind) as swarm:
+            if swarm is None:
+                return
+            nodes, ears = swarm
+            ears[1].judgement = judgement
+            await nodes[0].broadcast(b"no")
+            await ears[1].until(1)
+            ears[1].judgement = Judgement.ACCEPT
+            await nodes[0].broadcast(b"yes")
+            await ears[2].until(1)
+            assert [message for _, message in ears[2].heard] == [b"yes"]
+
+    kind.run(run())
+
+
+@contract
+async def test_a_broadcast_that_is_too_large_is_refused(kind):
+    async with chain(kind) as swarm:
+        if swarm is None:
+            return
+        nodes, ears = swarm
+        with pytest.raises(ValueError, match=str(MAX_BROADCAST_BYTES)):
+            await nodes[0].broadcast(bytes(MAX_BROADCAST_BYTES + 1))
+        largest = random.Random(0).randbytes(MAX_BROADCAST_BYTES)
+        await nodes[0].broadcast(largest)
+        await ears[2].until(1)
+        assert [message for _, message in ears[2].heard] == [largest]
+
+
+@contract
+async def test_a_judge_that_fails_is_a_bug(kind):
+    async with chain(kind) as swarm:
+        if swarm is None:
+            return
+        nodes, ears = swarm
+        del ears[1].judgement
+        await nodes[0].broadcast(b"hello")
+        with pytest.raises(AttributeError):
+            await asyncio.wait_for(nodes[1].wait_failed(), TIMEOUT_S)
 
 
 # Records

@@ -6,6 +6,7 @@ import msgpack
 import pytest
 
 from protocol.identity import node_id_of
+from protocol.transport import records as rules
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # hivemind's and torch's own
 records = pytest.importorskip("protocol.transport.hivemind_records")
@@ -120,12 +121,12 @@ def test_a_key_has_only_so_many_owners_and_keeps_the_first(storage):
 
 def test_an_owner_has_only_so_many_keys(storage):
     outcomes = [storage.store_subkey(place(number), owner(1), b"v", NOW + 60) for number in range(100)]
-    assert sum(outcomes) == records.MAX_KEYS_PER_OWNER
+    assert sum(outcomes) == rules.MAX_KEYS_PER_OWNER
     assert storage.store_subkey(place(99), owner(2), b"v", NOW + 60)
 
 
 def test_a_node_holds_only_so_many_records(storage, monkeypatch):
-    monkeypatch.setattr(records, "MAX_RECORDS", 50)
+    monkeypatch.setattr(rules, "MAX_RECORDS", 50)
     assert sum(storage.store_subkey(place(number), owner(number), b"v", NOW + 60) for number in range(60)) == 50
     assert len(storage) == 50
 
@@ -134,7 +135,7 @@ def test_room_comes_back_when_records_expire(storage, clock):
     for number in range(records.MAX_RECORDS_PER_KEY):
         storage.store_subkey(place(0), owner(number), b"v", NOW + 60)
     assert not storage.store_subkey(place(0), owner(9999), b"v", NOW + 90)
-    for number in range(records.MAX_KEYS_PER_OWNER - 1):
+    for number in range(rules.MAX_KEYS_PER_OWNER - 1):
         storage.store_subkey(place(1 + number), owner(1), b"v", NOW + 60)
     assert not storage.store_subkey(place(99), owner(1), b"v", NOW + 90)
     clock.now += 61
