@@ -9,6 +9,7 @@ from functools import cache
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -18,6 +19,7 @@ from swarm.drafting.speculator import Speculator
 from swarm.drafting.suffix import SuffixDrafter
 from swarm.drafting.tuner import Strategy, StrategyTuner
 from swarm.engine.base import Request, SamplingParams
+from swarm.engine.torch.generic import GenericRunner
 from swarm.engine.torch.slots import Slots
 from swarm.types import Completion, Segment
 
@@ -50,7 +52,7 @@ class Scripted(Drafter):
         self.truth, self.share_right, self.rng = truth, share_right, np.random.default_rng(seed)
         self.seen = []  # (what was drafted, how much was kept, the truth from there on)
 
-    def propose(self, states, depth, budget):
+    def propose(self, states, depth, budget, worth=None):
         drafts = []
         for state in states:
             # a resumed request has another id than the one whose truth is known
@@ -261,3 +263,43 @@ def test_a_draft_that_cannot_be_is_a_bug_and_is_not_run(kind, monkeypatch, draft
     monkeypatch.setattr(drafter, "propose", lambda states, *_: [draft for _ in states])
     with pytest.raises(ValueError, match="a drafter proposes"):
         engine_with(kind, drafter).generate([REQUESTS[1]])
+
+
+class Watching(Scripted):
+    """Remembers the policy's states after each position of each sequence."""
+
+    num_states = 8
+
+    def __init__(self, truth) -> None:
+        super().__init__(truth, 0.8)
+        self.shown = {}
+
+    def saw(self, seen, states):
+        for one in seen():
+            for at in range(one.num):
+                self.shown[one.request_id, one.first + at] = states[one.row + at].float().cpu()
+
+    def verified(self, state, draft, num_kept):
+        """Forget the states after tokens that are not the sequence's."""
+        for at in range(num_kept, len(draft)):
+            self.shown.pop((state.request_id, len(state.tokens) + at), None)
+
+
+def test_drafters_are_shown_the_states_after_the_tokens(kind):
+    if kind.setup.runner is GenericRunner:
+        pytest.skip("its rows are logits: it runs the models that no learned drafter fits")
+    truth = written(kind)
+    drafter = Watching(truth)
+    engine_with(kind, drafter, max_slots=4).generate(REQUESTS)
+    num_seen = 0
+    for request in REQUESTS:
+        tokens = torch.tensor([request.prompt_ids + truth[request.request_id].token_ids], device=kind.model.device)
+        with torch.no_grad():
+            states = kind.model.model(tokens).last_hidden_state[0].float().cpu()
+        for at in range(len(request.prompt_ids) - 1, tokens.shape[1] - 1):
+            shown = drafter.shown.get((request.request_id, at))
+            if shown is not None:
+                num_seen += 1
+                atol = 0.1 if kind.setup.dtype == torch.bfloat16 else 1e-3
+                torch.testing.assert_close(shown, states[at], atol=atol, rtol=0.02)
+    assert num_seen > 100
