@@ -108,6 +108,8 @@ class Node:
 class Swarm:
     """Nodes on one network. To be used inside `virtual_time.run`."""
 
+    transport_class = MemoryTransport
+
     def __init__(self, seed: int = 0, faults: Faults | None = None) -> None:
         self.rng = random.Random(f"swarm {seed}")
         self.network = MemoryNetwork(random.Random(f"network {seed}"), faults, virtual_clock())
@@ -134,7 +136,7 @@ class Swarm:
             peers = (self.rng.choice(self.nodes).address,) if self.nodes else ()
         config = config or SwarmConfig(peers=peers, **settings)
         identity, rng = identity or identity_of(number), random.Random(f"node {number}")
-        transport = MemoryTransport(self.network, identity.node_id, self._validator(config.swarm_id))
+        transport = self.transport_class(self.network, identity.node_id, self._validator(config.swarm_id))
         role = "trainer" if rescore else "bootstrap"
         member = Member(
             identity,

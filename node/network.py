@@ -180,9 +180,6 @@ def network_view(network: dict[str, Any]) -> Group:
     for name in ("node", "role", "model", "tasks", "rollouts/min", "software", "protocol", "reach"):
         table.add_column(name, justify="right" if name == "rollouts/min" else "left", overflow="fold")
     for node in network["nodes"]:
-        reach = (
-            f"{node['rtt_ms']:.0f} ms" if node["reachable"] else node["transport"] if node["is_beyond"] else "no answer"
-        )
         table.add_row(
             node["node_id"][:16],
             node["role"],
