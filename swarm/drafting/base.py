@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from swarm.drafting.worth import UNKNOWN, Worth
+
 __all__ = [
     "HASH_BASE",
     "HASH_MASK",
@@ -119,10 +121,13 @@ class Drafter(ABC):
         return True
 
     @abstractmethod
-    def propose(self, states: Sequence[SequenceState], depth: int, budget: int) -> list[list[int]]:
+    def propose(
+        self, states: Sequence[SequenceState], depth: int, budget: int, worth: Worth = UNKNOWN
+    ) -> list[list[int]]:
         """Return a draft, maybe empty, for each sequence.
 
-        None is longer than `depth` or the sequence's `room`; all of them together are `budget` tokens at most.
+        None is longer than `depth` or the sequence's `room`; all of them together are `budget` tokens at most. Tokens
+        that are not worth verifying are left out, as far as the drafter can tell.
         """
 
     def verified(self, state: SequenceState, draft: Sequence[int], num_kept: int) -> None:

@@ -9,6 +9,7 @@ A sequence that was decoded plainly for long begins anew from its last tokens: a
 alone. The network and its weights are `head_model`'s and `learner`'s.
 """
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from torch import Tensor
 from swarm.drafting.base import Drafter, Seen, SequenceState, within_budget
 from swarm.drafting.head_model import HeadModel
 from swarm.drafting.pairs import CONTEXT_TOKENS
+from swarm.drafting.worth import UNKNOWN, Worth
 from swarm.engine.torch.attention import Extension, window_mask
 from swarm.engine.torch.linear import PackedLinear
 from swarm.engine.torch.llama import LlamaRunner
@@ -30,8 +32,8 @@ from swarm.engine.torch.sampling import Mode, sample
 
 __all__ = ["HeadDrafter"]
 
-_LEAST_CHANCE = 0.15  # of a draft being right up to a token, for the next one to be drafted
 _PRIOR_KEPT, _PRIOR_TRIED = 3.0, 4.0
+_STEPS_REMEMBERED = 32
 _MEMORY_TOKENS = 256.0  # observations after which they count half
 
 
@@ -47,8 +49,10 @@ class _NativeLayer(NativeRunner):
         self, tokens: Tensor, counts: Sequence[int], lengths: Sequence[int], slots: Sequence[int]
     ) -> Tensor:
         """Like `extend`, with the slots named. slots: [len(counts)]."""
-        positions = torch.cat([torch.arange(at, at + num) for at, num in zip(lengths, counts, strict=True)])
-        places = self._places[torch.tensor(slots)].repeat_interleave(torch.tensor(counts))
+        places, positions = self._places[torch.tensor(slots)], torch.tensor(lengths)
+        if max(counts) > 1:
+            positions = torch.cat([torch.arange(at, at + num) for at, num in zip(lengths, counts, strict=True)])
+            places = places.repeat_interleave(torch.tensor(counts))
         return self._forward(tokens, places, positions)
 
 
@@ -95,6 +99,34 @@ class _Pass:
         self._gone.add(request_id)
 
 
+class _Draws:
+    """How the tokens of some sequences are drawn; a row of each tensor is a sequence."""
+
+    def __init__(self, states: Sequence[SequenceState], device: torch.device) -> None:
+        """Every sequence has a `drawing`."""
+        drawings = [state.drawing for state in states if state.drawing is not None]
+        temperature, top_p = np.array([[one.temperature, one.top_p] for one in drawings], dtype=np.float32).T
+        top_k = np.array([one.top_k for one in drawings])
+        self._mode = Mode.of(temperature, top_k, top_p)
+        self._seeds = torch.tensor([one.seed for one in drawings], device=device)
+        self._positions = torch.tensor([state.num_written for state in states], device=device)
+        self._settings = [torch.from_numpy(one.copy()).to(device) for one in (temperature, top_k, top_p)]
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with some of them."""
+        self._seeds, self._positions = self._seeds[rows], self._positions[rows]
+        self._settings = [one[rows] for one in self._settings]
+
+    def next(self, logits: Tensor, vocabulary: Tensor, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
+        """Draw the next token of each by the noise that the policy will draw it by, and its log-probability."""
+        drawn, logprobs = sample(
+            logits, self._seeds, self._positions, *self._settings, mode=self._mode, vocabulary=vocabulary,
+            vocab_size=vocab_size,
+        )  # fmt: skip
+        self._positions = self._positions + 1
+        return drawn.cpu().numpy(), logprobs.cpu().numpy()
+
+
 @dataclass(slots=True)
 class _Cached:
     """What the drafter's cache holds of a sequence: the pairs of positions `begin` to `end` - 1."""
@@ -118,6 +150,7 @@ class HeadDrafter(Drafter):
         *,
         num_slots: int,
         capacity: int,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         """model: taken over at every `policy_changed`, as are the policy's weights, whose first ones `policy` holds.
 
@@ -134,6 +167,7 @@ class HeadDrafter(Drafter):
         self._kept = [_PRIOR_KEPT] * 2  # of tokens that the drafter is unsure and sure of
         self._tried = [_PRIOR_TRIED] * 2
         self._sure: dict[int, list[bool]] = {}
+        self._clock, self._step_s = clock, 0.0  # what one more token of all drafts takes
         self.take(policy.state_dict())
 
     def take(self, weights: Mapping[str, Tensor]) -> None:
@@ -175,7 +209,9 @@ class HeadDrafter(Drafter):
         return None
 
     @torch.inference_mode()
-    def propose(self, states: Sequence[SequenceState], depth: int, budget: int) -> list[list[int]]:
+    def propose(
+        self, states: Sequence[SequenceState], depth: int, budget: int, worth: Worth = UNKNOWN
+    ) -> list[list[int]]:
         """See Drafter. Where the budget is short, it goes to the likeliest tokens."""
         assert self._runner is not None
         drafts: list[list[int]] = [[] for _ in states]
@@ -187,9 +223,10 @@ class HeadDrafter(Drafter):
             return drafts
         places, hidden = found  # of those whose last state is known; [len(places), hidden]
         likely = np.ones(len(places))
+        draws = _Draws([states[index] for index in places], self._device)
+        logits = self._runner.logits(hidden)
         for step in range(min(depth, budget)):
-            members = [states[index] for index in places]
-            tokens, logprobs = self._draw(self._runner.logits(hidden), members, step)
+            tokens, logprobs = draws.next(logits, self._vocabulary, self._vocab_size)
             sure = logprobs > -0.5
             for at, index in enumerate(places):
                 kind = int(sure[at])
@@ -197,18 +234,37 @@ class HeadDrafter(Drafter):
                 drafts[index].append(int(tokens[at]))
                 chances[index].append(float(likely[at]))
                 self._sure.setdefault(states[index].request_id, []).append(bool(kind))
-            go_on = [
-                at for at, index in enumerate(places)
-                if likely[at] >= _LEAST_CHANCE and len(drafts[index]) < min(depth, states[index].room)
-            ]  # fmt: skip
-            if not go_on or sum(map(len, drafts)) >= budget or step + 1 == min(depth, budget):
+            if step + 1 == min(depth, budget) or sum(map(len, drafts)) >= budget:
                 break
+            go_on = self._worth_going_on(
+                likely, [min(depth, states[index].room) - len(drafts[index]) for index in places], worth
+            )
+            if not go_on:
+                break
+            began_s = self._clock()
             if len(go_on) < len(places):
                 keep = torch.tensor(go_on, device=hidden.device)
                 hidden, tokens, likely = hidden[keep], tokens[go_on], likely[go_on]
+                draws.keep(keep)
                 places = [places[at] for at in go_on]
             hidden = self._advance(hidden, tokens, [states[index] for index in places], step)
-        return within_budget(drafts, chances, budget)
+            logits = self._runner.logits(hidden)
+            self._step_s += (self._clock() - began_s - self._step_s) / _STEPS_REMEMBERED
+        for draft, chance in zip(drafts, chances, strict=True):
+            del draft[sum(one >= worth.least_chance for one in chance) :]  # drawn, and not worth verifying
+        return within_budget(drafts, [one[: len(draft)] for draft, one in zip(drafts, chances, strict=True)], budget)
+
+    def _worth_going_on(self, likely: np.ndarray, room: Sequence[int], worth: Worth) -> list[int]:
+        """Return which sequences one more token shall be drafted for; none where that takes longer than it saves.
+
+        likely: the chance that the draft of each is right so far. room: tokens that it may still get.
+        """
+        chance = sum(self._kept) / sum(self._tried)  # of one more token
+        saved = [float(one) * chance - worth.least_chance for one in likely]  # in tokens
+        chosen = [at for at, left in enumerate(room) if left > 0 and saved[at] > 0]
+        if worth.token_s and worth.token_s * sum(saved[at] for at in chosen) < self._step_s:
+            return []
+        return chosen
 
     def _arrange(self, states: Sequence[SequenceState]) -> None:
         """Let the n-th sequence have the n-th slot; one whose slot is taken begins anew."""
@@ -282,20 +338,6 @@ class HeadDrafter(Drafter):
         embedded = self._embedding[torch.tensor(tokens, device=self._device)]
         inputs = self._fc(torch.cat([embedded, states.to(self._dtype)], dim=-1))
         return self._runner.extend_slots(self._runner.place(inputs), counts, lengths, slots)
-
-    def _draw(self, logits: Tensor, members: Sequence[SequenceState], step: int) -> tuple[np.ndarray, np.ndarray]:
-        """Draw the next token of each sequence by the noise that it will be drawn by, and its log-probability."""
-        if len(self._vocabulary) < self._vocab_size:
-            whole = logits.new_full((len(logits), self._vocab_size), -torch.inf)
-            logits = whole.index_copy_(1, self._vocabulary, logits)
-        columns = [state.drawing for state in members if state.drawing is not None]
-        seeds = torch.tensor([one.seed for one in columns], device=self._device)
-        positions = torch.tensor([state.num_written + step for state in members], device=self._device)
-        temperature, top_p = np.array([[one.temperature, one.top_p] for one in columns], dtype=np.float32).T
-        top_k = np.array([one.top_k for one in columns])
-        tensors = (torch.from_numpy(one.copy()).to(self._device) for one in (temperature, top_k, top_p))
-        drawn, logprobs = sample(logits, seeds, positions, *tensors, mode=Mode.of(temperature, top_k, top_p))
-        return drawn.cpu().numpy(), logprobs.cpu().numpy()
 
     def verified(self, state: SequenceState, draft: Sequence[int], num_kept: int) -> None:
         """Count how often tokens were right that the drafter was sure of, and others."""

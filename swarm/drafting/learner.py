@@ -27,7 +27,8 @@ from swarm.types import TrainingGroup
 
 __all__ = ["HeadLearner"]
 
-_MAX_VOCABULARY = 8192  # tokens that drafts are made of, where the policy has more
+_LEAST_VOCABULARY, _MAX_VOCABULARY = 1024, 8192  # tokens that drafts are made of, where the policy has more
+_COVERED = 0.997  # share of the tokens seen that they are to be
 _STEP_PAIRS = 512
 _MAX_TOKENS = 1 << 15  # that the buffer holds
 _STATE_WEIGHT = 1.0  # of the distance between states, beside the cross-entropy
@@ -68,10 +69,15 @@ class HeadLearner:
 
     @property
     def vocabulary(self) -> Tensor:
-        """The tokens that drafts are made of, int64, in order: those seen most, then those of low numbers."""
+        """The tokens that drafts are made of, int64, in order: those seen most, then those of low numbers.
+
+        As many as nearly all that is written consists of, a power of two: each costs time in every draft and step.
+        """
         if self._vocabulary is None:
-            num = min(len(self._counts), _MAX_VOCABULARY)
-            self._vocabulary = self._counts.argsort(descending=True, stable=True)[:num].sort().values
+            counts, order = self._counts.sort(descending=True, stable=True)
+            covered = int((counts.cumsum(0) < _COVERED * counts.sum()).sum()) + 1
+            num = min(max(1 << (covered - 1).bit_length(), _LEAST_VOCABULARY), _MAX_VOCABULARY, len(counts))
+            self._vocabulary = order[:num].sort().values
         return self._vocabulary
 
     @property

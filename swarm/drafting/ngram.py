@@ -6,6 +6,7 @@ It looks at one sequence alone, its prompt included, and takes the most recent p
 from collections.abc import Sequence
 
 from swarm.drafting.base import HASH_BASE, HASH_MASK, Drafter, SequenceState
+from swarm.drafting.worth import UNKNOWN, Worth
 
 __all__ = ["NgramDrafter"]
 
@@ -31,7 +32,9 @@ class NgramDrafter(Drafter):
         self._places: dict[int, _Places] = {}
         self._levels = tuple((order, pow(HASH_BASE, order, 1 << 64)) for order in _ORDERS)
 
-    def propose(self, states: Sequence[SequenceState], depth: int, budget: int) -> list[list[int]]:
+    def propose(
+        self, states: Sequence[SequenceState], depth: int, budget: int, worth: Worth = UNKNOWN
+    ) -> list[list[int]]:
         """See Drafter. Where the budget is short, each sequence with a match gets an equal share."""
         drafts = [self._draft(state, min(depth, state.room)) for state in states]
         num_drafts = sum(map(bool, drafts))

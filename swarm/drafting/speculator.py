@@ -13,11 +13,12 @@ from swarm.drafting.base import Drafter, Drawing, Seen, SequenceState
 from swarm.drafting.ngram import NgramDrafter
 from swarm.drafting.suffix import SuffixDrafter
 from swarm.drafting.tuner import OFF, Strategy, StrategyTuner
+from swarm.drafting.worth import PassCosts
 
 __all__ = ["MAX_DEPTH", "DraftCounts", "Speculator", "make_speculator"]
 
-_FIXED = (8, 32)  # depth, and tokens to verify in a step, where a drafter is always on
-_TUNED = ((4, 8), (8, 16), (12, 32))  # what the tuner chooses from, for each drafter
+_FIXED = (12, 64)  # depth, and tokens to verify in a step, at most, where a drafter is always on
+_TUNED = ((4, 16), (12, 64))  # what the tuner chooses from, for each drafter
 MAX_DEPTH: Final = max(depth for depth, _ in (_FIXED, *_TUNED))  # tokens of the longest draft
 
 
@@ -56,11 +57,14 @@ class Speculator:
                 raise ValueError(f"there is no drafter {one.drafter!r}")
         self._states: dict[int, SequenceState] = {}
         self._chosen = OFF
-        self._began_s = 0.0
+        self._costs = PassCosts()
+        self._num_running = self._num_drafted = 0  # of this step
+        self._began_s = self._pass_began_s = 0.0
 
     def begin(self, num_running: int) -> bool:
         """A decode step begins. Returns whether drafts are wanted for it."""
-        self._began_s = self._clock()
+        self._began_s = self._pass_began_s = self._clock()
+        self._num_running, self._num_drafted = num_running, 0
         strategy = self.strategy
         self._chosen = strategy.choose(num_running) if isinstance(strategy, StrategyTuner) else strategy
         return self._chosen != OFF
@@ -91,10 +95,13 @@ class Speculator:
     def propose(self, states: Sequence[SequenceState], vocab_size: int) -> list[list[int]]:
         """Return the drafts of the chosen strategy. Raises ValueError for one that no engine could verify: a bug."""
         chosen = self._chosen
-        drafts = self.drafters[chosen.drafter].propose(states, chosen.depth, chosen.num_verified)
+        worth = self._costs.worth(self._num_running)
+        drafts = self.drafters[chosen.drafter].propose(states, chosen.depth, chosen.num_verified, worth)
         for state, draft in zip(states, drafts, strict=True):
             if len(draft) > state.room or min(draft, default=0) < 0 or max(draft, default=0) >= vocab_size:
                 raise ValueError(f"a drafter proposes {list(draft)}, where {state.room} tokens of the vocabulary fit")
+        self._num_drafted = sum(map(len, drafts))
+        self._pass_began_s = self._clock()
         return drafts
 
     def verified(self, state: SequenceState, draft: Sequence[int], num_kept: int) -> None:
@@ -108,8 +115,12 @@ class Speculator:
 
     def end(self, num_running: int, num_tokens: int) -> None:
         """The step has ended. num_running: at its beginning. num_tokens: that all sequences gained."""
+        now_s = self._clock()
+        step_s = now_s - self._began_s
+        num_rows = num_running + self._num_drafted
+        self._costs.observe(num_running, num_rows, now_s - self._pass_began_s, step_s, num_tokens)
         if isinstance(self.strategy, StrategyTuner):
-            self.strategy.observe(num_running, num_tokens, self._clock() - self._began_s)
+            self.strategy.observe(num_running, num_tokens, step_s)
 
     def observe(self, request_id: int, prompt_ids: Sequence[int], token_ids: Sequence[int]) -> None:
         """Take what a sequence has written that does not run any more."""

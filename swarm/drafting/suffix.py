@@ -12,10 +12,10 @@ from typing import Any
 
 from swarm.drafting.base import Drafter, SequenceState, extend_hashes, within_budget
 from swarm.drafting.contexts import NUM_CLASSES, ContextTable
+from swarm.drafting.worth import UNKNOWN, Worth
 
 __all__ = ["SuffixDrafter"]
 
-_LEAST_CHANCE = 0.15  # of a draft being right up to a token, for that token to be proposed
 _CATCH_UP_TOKENS = 64  # of each running sequence, and of what else is known of its prompt, that one call indexes
 _PRIOR_KEPT, _PRIOR_TRIED = 3.0, 4.0
 _MEMORY_TOKENS = 256.0  # observations of a class after which they count half
@@ -76,13 +76,15 @@ class SuffixDrafter(Drafter):
         """Tokens that the index holds."""
         return self._num_tokens
 
-    def propose(self, states: Sequence[SequenceState], depth: int, budget: int) -> list[list[int]]:
+    def propose(
+        self, states: Sequence[SequenceState], depth: int, budget: int, worth: Worth = UNKNOWN
+    ) -> list[list[int]]:
         """See Drafter."""
         self._catch_up(states)
         drafts, chances = [], []
         for state in states:
             draft, chance, classes = self._prompt(state.prompt_ids).table.draft(
-                state.prefix_hashes(), self._rates, min(depth, state.room, budget), _LEAST_CHANCE
+                state.prefix_hashes(), self._rates, min(depth, state.room, budget), worth.least_chance
             )
             drafts.append(draft)
             chances.append(chance)

@@ -1,6 +1,6 @@
 """The compiled kernels for CPUs, for decoding and training, where the machine that installed it had a C compiler.
 
-    kernels.c    what is compiled, once per instruction set: kernels.h (decoding), draw.h (sampling), attention.h and training.h
+    kernels.c    what is compiled, once per instruction set: kernels.h (decoding), draw.h, attention.h, training.h
     attention    attention of a training step, over packed rows
     training     the other parts of a training step that are no matrix products
 

@@ -86,7 +86,7 @@ class Careless(Drafter):
     def __init__(self) -> None:
         self.rng = np.random.default_rng(0)
 
-    def propose(self, states, depth, budget):
+    def propose(self, states, depth, budget, worth=None):
         tokens = np.where(self.rng.random((len(states), depth)) < 0.6, 2, self.rng.integers(0, VOCABULARY, depth))
         lengths = self.rng.integers(0, depth + 1, len(states)).tolist()
         return [row[: min(num, state.room)] for row, num, state in zip(tokens.tolist(), lengths, states, strict=True)]

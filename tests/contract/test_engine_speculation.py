@@ -238,7 +238,7 @@ def test_a_wrong_verifier_does_not_pass(kind, monkeypatch, wrong):
         all_same(kind, done, truth)
 
 
-def unchecked(drafter, propose, states, depth, budget):
+def unchecked(drafter, propose, states, depth, budget, worth):
     """Draft also for sequences that have left the truth."""
     try:
         return propose(states, depth, budget)

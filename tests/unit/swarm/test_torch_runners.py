@@ -89,7 +89,7 @@ def engine_for(model: Any, runner: Any = None, speculator: Speculator | None = N
 class Ragged(NgramDrafter):
     """Drafts of all lengths, which are right now and then."""
 
-    def propose(self, states: Any, depth: int, budget: int) -> list[list[int]]:
+    def propose(self, states: Any, depth: int, budget: int, worth: Any = None) -> list[list[int]]:
         return [[(7 * i + len(state.tokens)) % 203 for i in range(min(len(state.tokens) % 5, state.room))]
                 for state in states]  # fmt: skip
 

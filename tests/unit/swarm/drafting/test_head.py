@@ -170,7 +170,7 @@ def test_completions_are_the_same_and_learning_saves_steps(layer):
         for one, two in zip(requests, truth, strict=True)
     ]
     learner, _ = trained(policy, tuple(members), num_steps=0)
-    speculating = engine(Speculator([drafter_of(learner, policy, 5)], Strategy("head", 5, 25)))
+    speculating = engine(Speculator([drafter_of(learner, policy, 5)], Strategy("head", 5, 25), clock=lambda: 0.0))
 
     def num_steps():
         before = speculating.stats.num_steps
