@@ -7,9 +7,10 @@ All sides get the same weights and the same requests: prompts of one length, no 
 two digits go, sampled at temperature 1, EOS ignored, so that each completion has exactly its length (cut where
 the model takes no longer sequence). Only tokens that a request asked for count. Two workloads:
 
-- *mixed*: a few long completions, many short ones, on every model. transformers.generate takes them as one
-  static batch, which runs until the longest is done. transformers' continuous batching (sdpa, a limit for each
-  request) is timed from the first request added to the last result, without making its cache.
+- *mixed*: a few long completions, many short ones: 32 on every model, other numbers on smollm2-135m in bf16.
+  transformers.generate takes them as one static batch, which runs until the longest is done. transformers' continuous
+  batching (sdpa, a limit for each request) is timed at 32 requests, from the first one added to the last result,
+  without making its cache.
 - *equal*: completions of one length on smollm2-135m in bf16, by the number of requests.
 
 vLLM is the vLLM engine of this project, where one is installed that runs here: what a node gets that uses it.
@@ -54,6 +55,7 @@ PEER_TIME_LIMIT_S = 300.0
 GENERATE, CONTINUOUS, OPENVINO = "transformers.generate", "transformers continuous batching", "OpenVINO GenAI"
 VLLM = "vLLM"
 ENGINES = ("torch", "vllm", "transformers", "openvino")
+MANY = 32  # requests of mixed lengths on every model
 
 
 @dataclass(frozen=True)
@@ -294,9 +296,9 @@ def measure_model(name: str, args: argparse.Namespace, openvino: Any) -> tuple[d
 
     policy = load_policy(ModelConfig(name=name, dtype=DTYPES[name], device="cpu"))
     is_real = name == REAL_MODEL
-    mixed = make_workload(policy, args.requests, args.lengths)
+    mixed = {n: make_workload(policy, n, args.lengths) for n in (args.mixed if is_real else [MANY])}
     equal = {n: make_workload(policy, n, [args.tokens]) for n in (args.batches if is_real else [])}
-    workloads = [mixed, *equal.values()]
+    workloads = [*mixed.values(), *equal.values()]
     max_seq_len = max(w.prompt_len + max(w.lengths) for w in workloads)
     sides = Sides(policy, max_seq_len, max(len(w.lengths) for w in workloads), with_vllm="vllm" in args.engines)
     shape, figures, limited = Shape.of(policy.model), {"dtype": DTYPES[name]}, []
@@ -306,19 +308,15 @@ def measure_model(name: str, args: argparse.Namespace, openvino: Any) -> tuple[d
             everyone[VLLM] = sides.vllm
         if "transformers" in args.engines:
             everyone |= {GENERATE: sides.generate, CONTINUOUS: sides.continuous}
-        for side in everyone.values():
-            side(make_workload(policy, args.requests, [4]), 0)
-        if is_real and openvino is not None:
-            everyone[OPENVINO] = openvino  # its script warms up by itself
-        figures["mixed"] = take_turns(f"{name} mixed", everyone, mixed, args.mixed_repeats if is_real else args.repeats)
-        limited.append((figures["mixed"], mixed, shape))
-        everyone.pop(CONTINUOUS, None)
-        for num_requests, workload in equal.items():
-            short = make_workload(policy, num_requests, [4])
-            for side in (name for name in everyone if name != OPENVINO):
-                everyone[side](short, 0)
-            key = f"equal_{num_requests}"
-            figures[key] = take_turns(f"{name} {num_requests} equal", everyone, workload, args.repeats)
+        runs = [(f"mixed_{n}", work, args.mixed_repeats if is_real else args.repeats) for n, work in mixed.items()]
+        runs += [(f"equal_{n}", work, args.repeats) for n, work in equal.items()]
+        for key, workload, repeats in runs:
+            racing = {side: run for side, run in everyone.items() if side != CONTINUOUS or key == f"mixed_{MANY}"}
+            for run in racing.values():
+                run(make_workload(policy, len(workload.lengths), [4]), 0)
+            if is_real and openvino is not None:
+                racing[OPENVINO] = openvino  # its script warms up by itself
+            figures[key] = take_turns(f"{name} {key}", racing, workload, repeats)
             limited.append((figures[key], workload, shape))
     finally:
         sides.close()
@@ -349,14 +347,15 @@ def make_bars(figures: dict[str, Any]) -> list[Bar]:
     bars = []
     for side, target in ((GENERATE, 5.0), (CONTINUOUS, 1.5)):
         for model in DTYPES:
-            bars.append(Bar(f"{model}, mixed lengths, against {side}", ratio(model, "mixed", side), target))
-    for num_requests in (32, 64):
-        generate, vllm = (ratio(REAL_MODEL, f"equal_{num_requests}", side) for side in (GENERATE, VLLM))
-        value = None if generate is None or vllm is None else round(generate / vllm, 2)
-        bars.append(Bar(f"{REAL_MODEL}, {num_requests} of equal length, vLLM against {GENERATE}", value, 1.5))
-    for num_requests in (1, 8, 32, 64):
-        value = ratio(REAL_MODEL, f"equal_{num_requests}", VLLM)
-        bars.append(Bar(f"{REAL_MODEL}, {num_requests} of equal length, against {VLLM}", value, 1.5))
+            bars.append(Bar(f"{model}, mixed lengths, against {side}", ratio(model, f"mixed_{MANY}", side), target))
+    for kind in ("equal", "mixed"):
+        for num_requests in (32, 64):
+            generate, vllm = (ratio(REAL_MODEL, f"{kind}_{num_requests}", side) for side in (GENERATE, VLLM))
+            value = None if generate is None or vllm is None else round(generate / vllm, 2)
+            bars.append(Bar(f"{REAL_MODEL}, {num_requests} of {kind} length, vLLM against {GENERATE}", value, 1.5))
+        for num_requests in (1, 8, 32, 64) if kind == "equal" else (8, 32, 64):
+            value = ratio(REAL_MODEL, f"{kind}_{num_requests}", VLLM)
+            bars.append(Bar(f"{REAL_MODEL}, {num_requests} of {kind} length, against {VLLM}", value, 1.5))
     for side, targets in ((GENERATE, {1: 3.0, 32: 4.0}), (OPENVINO, {1: 0.8, 8: 0.8, 32: 0.8, 64: 0.8})):
         for num_requests, target in targets.items():
             value = ratio(REAL_MODEL, f"equal_{num_requests}", side)
@@ -385,7 +384,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", choices=list(DTYPES), default=list(DTYPES))
     parser.add_argument("--engines", type=engines, help="some of " + ",".join(ENGINES) + "; default: all that are here")
     parser.add_argument("--openvino-env", type=Path, default=REPOSITORY.parent / "openvino-env")
-    parser.add_argument("--requests", type=int, default=32, help="of mixed lengths")
+    parser.add_argument("--mixed", type=numbers, default=[8, MANY, 64], help="numbers of requests of mixed lengths")
     parser.add_argument("--lengths", type=at_least_two, default=[16, 16, 16, 16, 32, 32, 64, 256])
     parser.add_argument("--tokens", type=int, default=64, help="of each request of equal length")
     parser.add_argument("--batches", type=numbers, default=[1, 8, 32, 64], help="numbers of requests of equal length")
@@ -394,10 +393,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--smoke", action="store_true", help="sizes that show only that it works")
     args = parser.parse_args()
     if args.smoke:
-        args.requests, args.lengths, args.tokens, args.batches = 4, [4, 4, 8, 16], 4, [1, 2]
+        args.mixed, args.lengths, args.tokens, args.batches = [4], [4, 4, 8, 16], 4, [1, 2]
         args.repeats = args.mixed_repeats = 1
-    if min(args.requests, args.repeats, args.mixed_repeats) < 1 or args.tokens < 2:
-        parser.error("--requests and repeats must be at least 1, --tokens at least 2")
+    if min(args.repeats, args.mixed_repeats) < 1 or args.tokens < 2:
+        parser.error("repeats must be at least 1, --tokens at least 2")
     return args
 
 
