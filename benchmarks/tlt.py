@@ -6,8 +6,8 @@ tail      batches of 1, 2 and 4 sequences, T = 1: each drafter and the tuner aga
           turn by turn. *sure* is what `benchmarks/warm_start.py` made; *unsure* is the model as it comes. The learned
           drafter is taught on other questions first, and how long that takes is said
 round     a whole long-tail round, partial rollouts and the tuner on, against both off
-adapt     `tiny` over rounds of reinforcement learning: tokens a pass of a drafter that goes on learning and of one that
-          stopped after the first rounds, and the share of a round's time that learning takes
+adapt     *sure* over rounds of reinforcement learning: accepted length of a drafter that goes on learning and of one
+          that does not, and the share of a round's time that learning takes
 learning  rewards of `swarm-node silo` over seeds, with and without: equal, number by number
 
 A ceiling is what would come of the policy's own numbers: for drafts without noise of their own a token is right with
@@ -56,6 +56,8 @@ _BATCHES = (1, 2, 4)
 _DEPTH = 6
 _BEST, _SUFFIX, _NEVER_BELOW, _ROUND, _LEARNING_SHARE = 1.7, 1.3, 0.97, 2.0, 0.05
 _MAX_SEQ_LEN = 512
+_ADAPT_GROUP = 8
+_TAUGHT_PROMPTS = 256  # that the learned drafter learns from, before it is measured
 
 
 def prompts_of(policy: Policy, seed: int, num: int) -> list[tuple[int, ...]]:
@@ -83,9 +85,11 @@ def engine_of(policy: Policy, batch: int, speculator: Speculator | None) -> Torc
     )  # fmt: skip
 
 
-def teach(policy: Policy, prompts: Sequence[tuple[int, ...]], seconds: float) -> tuple[HeadLearner, dict[str, float]]:
-    """Let a drafter learn from what the policy writes, for so long, from the forward pass of an update."""
-    learner = HeadLearner(policy.model, max_tokens=1 << 16)
+def teach(
+    policy: Policy, trained: Any, prompts: Sequence[tuple[int, ...]], num_steps: int
+) -> tuple[HeadLearner, dict[str, float]]:
+    """Let a drafter of `trained` learn so many steps from what the policy writes, by the forward pass of an update."""
+    learner = HeadLearner(trained, max_tokens=1 << 16)
     trainer = Trainer(copy.deepcopy(policy.model), TrainerConfig(learning_rate=1e-12, max_tokens_per_microbatch=1024))
     trainer.observer = learner.observe
     done = engine_of(policy, 32, None).generate(requests_of(prompts, 1, MAX_NEW_TOKENS, 1_000_000))
@@ -93,14 +97,14 @@ def teach(policy: Policy, prompts: Sequence[tuple[int, ...]], seconds: float) ->
         TrainingGroup(prompt, (one.token_ids,), (1.0,), (None,)) for prompt, one in zip(prompts, done, strict=True)
     ]
     trainer.update(TrainingBatch(tuple(groups)))
+    learner.next_round()
     begin, losses = time.perf_counter(), []
-    while time.perf_counter() - begin < seconds:
+    for _ in range(num_steps):
         learner.step()
         losses.append(learner.loss or 0.0)
-    num_tokens = sum(len(one.token_ids) for one in done)
-    learner.next_round()
     return learner, {
-        "seconds": round(time.perf_counter() - begin, 1), "num_steps": learner.num_steps, "num_tokens": num_tokens,
+        "seconds": round(time.perf_counter() - begin, 1), "num_steps": num_steps,
+        "num_tokens": sum(len(one.token_ids) for one in done), "vocabulary": len(learner.vocabulary),
         "loss_at_first": round(statistics.fmean(losses[:5]), 3),
         "loss_at_last": round(statistics.fmean(losses[-20:]), 3),
     }  # fmt: skip
@@ -166,9 +170,10 @@ def speculators(policy: Policy, learner: HeadLearner, batch: int) -> dict[str, S
     }
 
 
-def tail_of(policy: Policy, name: str, num_groups: int, teaching_s: float) -> tuple[dict[str, Any], list[Bar]]:
+def tail_of(policy: Policy, name: str, num_groups: int, num_steps: int) -> tuple[dict[str, Any], list[Bar]]:
     """Compare every way of decoding at small batches."""
-    learner, taught = teach(policy, prompts_of(policy, 31, 4 * num_groups), teaching_s)
+    learner, taught = teach(policy, policy.model, prompts_of(policy, 31, _TAUGHT_PROMPTS), num_steps)
+    print(f"{name}: taught: {json.dumps(taught)}", file=sys.stderr, flush=True)
     figures: dict[str, Any] = {"teaching": taught}
     bars = []
     for batch in _BATCHES:
@@ -224,12 +229,13 @@ def tail_of(policy: Policy, name: str, num_groups: int, teaching_s: float) -> tu
             found["head"]["times_plain"] / max(found["suffix"]["times_plain"], found["ngram"]["times_plain"]), 3
         )
         figures[f"batch {batch}"] = found
+        print(f"{name}, batch {batch}: {json.dumps(found)}", file=sys.stderr, flush=True)
     return figures, bars
 
 
-def long_round(policy: Policy, num_rounds: int, teaching_s: float) -> tuple[dict[str, Any], list[Bar]]:
+def long_round(policy: Policy, num_rounds: int, num_steps: int) -> tuple[dict[str, Any], list[Bar]]:
     """A round whose lengths have a long tail, with everything on and with everything off."""
-    learner, _ = teach(policy, prompts_of(policy, 31, 32), teaching_s)
+    learner, taught = teach(policy, policy.model, prompts_of(policy, 31, _TAUGHT_PROMPTS), num_steps)
     prompts = prompts_of(policy, 78, 400)
     by_question = {f"q{at}": prompt for at, prompt in enumerate(prompts)}
     asked = copy.copy(policy)
@@ -264,28 +270,36 @@ def long_round(policy: Policy, num_rounds: int, teaching_s: float) -> tuple[dict
             times.append(time.perf_counter() - begin)
         seconds[way], rows[way] = statistics.fmean(times[2:]), rollouts.describe()
     times_as_fast = seconds["off"] / seconds["on"]
-    figures = {"round_s": {way: round(one, 3) for way, one in seconds.items()}, "last_round": rows["on"]}
+    figures = {
+        "teaching": taught,
+        "round_s": {way: round(one, 3) for way, one in seconds.items()},
+        "last_round": rows["on"],
+    }
     return figures, [
         Bar("sure, long-tail round: partial rollouts and drafts against neither", round(times_as_fast, 3), _ROUND)
     ]
 
 
-def adapt(num_rounds: int) -> tuple[dict[str, Any], list[Bar]]:
-    """Tokens a pass over rounds of learning, of a drafter that learns on and of one that does not."""
-    policy = load_policy(ModelConfig(name="tiny"))
-    asked = questions_of_tiny()
-    model = copy.deepcopy(policy.model)
-    trainer = Trainer(model, TrainerConfig(learning_rate=2e-4))
-    learner = HeadLearner(model)
-    trainer.observer = learner.observe
-    frozen_model, frozen_vocabulary = copy.deepcopy(learner.model), learner.vocabulary
+def adapt(policy: Policy, num_rounds: int, num_steps: int) -> tuple[dict[str, Any], list[Bar]]:
+    """Accepted length over rounds of reinforcement learning, of a drafter that learns on and of one that does not.
 
-    def engine(model: Any, vocabulary: Callable[[], torch.Tensor]) -> TorchEngine:
-        head = HeadDrafter(model, policy.model, vocabulary, num_slots=64, capacity=96)
-        return TorchEngine(
-            policy.model, eos_token_ids=policy.eos_token_ids, config=EngineConfig(max_slots=64), max_seq_len=96,
-            speculator=Speculator([head], Strategy("head", 4, 256)),
-        )  # fmt: skip
+    Both begin with the same lessons. The one that goes on has what `Drafting` gives it: a small share of each round's
+    time. Either writes every round's completions, with drafts of its own: they are the same tokens.
+    """
+    entries = [(task, entry) for task in TASKS for entry in questions(task, 79, 500)]
+    model = copy.deepcopy(policy.model)
+    learner, taught = teach(policy, model, prompts_of(policy, 31, _TAUGHT_PROMPTS), num_steps)
+    print(f"adapt: taught: {json.dumps(taught)}", file=sys.stderr, flush=True)
+    trainer = Trainer(model, TrainerConfig(learning_rate=2e-5, max_tokens_per_microbatch=1024))
+    trainer.observer = learner.observe
+    frozen_model, frozen_vocabulary = copy.deepcopy(learner.model), learner.vocabulary.clone()
+
+    def engine(head_model: Any, vocabulary: Callable[[], torch.Tensor]) -> TorchEngine:
+        head = HeadDrafter(head_model, policy.model, vocabulary, num_slots=_ADAPT_GROUP, capacity=_MAX_SEQ_LEN)
+        # a clock that stands still: drafts then depend on what is observed of them, and not on what a pass takes
+        return engine_of(
+            policy, _ADAPT_GROUP, Speculator([head], Strategy("head", 6, 6 * _ADAPT_GROUP), clock=lambda: 0.0)
+        )
 
     engines = {
         "learning": engine(learner.model, lambda: learner.vocabulary),
@@ -293,70 +307,72 @@ def adapt(num_rounds: int) -> tuple[dict[str, Any], list[Bar]]:
     }
     drafting = Drafting(engines["learning"].speculator, learner)
     lengths: dict[str, list[float]] = {way: [] for way in engines}
-    shares, rng = [], random.Random(0)
+    shares, rewarded, rng = [], [], random.Random(0)
     for round_index in range(num_rounds):
-        begin = time.perf_counter()
-        chosen = [rng.choice(asked) for _ in range(8)]
-        requests = [
-            Request(
-                64 * round_index + 8 * place + member, policy.encode_prompt(question), rng.getrandbits(63),
-                SamplingParams(16),
-            )
-            for place, (question, _) in enumerate(chosen) for member in range(8)
-        ]  # fmt: skip
+        begin, frozen_s = time.perf_counter(), 0.0
+        chosen = [rng.choice(entries)[1] for _ in range(4)]
+        requests = requests_of(
+            [policy.encode_prompt(entry["question"]) for entry in chosen], _ADAPT_GROUP, MAX_NEW_TOKENS,
+            4 * _ADAPT_GROUP * round_index,
+        )  # fmt: skip
         for way, one in engines.items():
             assert one.speculator is not None
             before = copy.copy(one.speculator.counts["head"])
+            way_begins = time.perf_counter()
             done = one.generate(requests)
+            if way == "frozen":  # a node has one drafter: this is no part of its round
+                frozen_s = time.perf_counter() - way_begins
             since = one.speculator.counts["head"].since(before)
             lengths[way].append(1 + since.num_kept / max(1, since.num_drafts))
         groups = []
-        for place, (_, answer) in enumerate(chosen):
-            members = done[8 * place : 8 * place + 8]
-            rewards = [float(policy.decode(one.token_ids).strip() == answer) for one in members]
+        for place, entry in enumerate(chosen):
+            members = done[_ADAPT_GROUP * place : _ADAPT_GROUP * (place + 1)]
+            end = f"The answer is {entry['answer']}."
+            rewards = [float(policy.decode(one.token_ids).strip().endswith(end)) for one in members]
+            rewarded += rewards
             mean, spread = statistics.fmean(rewards), statistics.pstdev(rewards)
             advantages = tuple((reward - mean) / spread if spread else 0.0 for reward in rewards)
             groups.append(
-                TrainingGroup(requests[8 * place].prompt_ids, tuple(one.token_ids for one in members), advantages,
-                              tuple(one.logprobs for one in members))
+                TrainingGroup(requests[_ADAPT_GROUP * place].prompt_ids, tuple(one.token_ids for one in members),
+                              advantages, tuple(one.logprobs for one in members))
             )  # fmt: skip
         trainer.update(TrainingBatch(tuple(groups)))
         drafting.policy_updated()
         learning_begins = time.perf_counter()
         drafting.catch_up()
-        shares.append((time.perf_counter() - learning_begins) / (time.perf_counter() - begin))
-        if round_index == num_rounds // 5:
-            frozen_model.load_state_dict(learner.model.state_dict())
-            frozen_vocabulary = learner.vocabulary
+        now = time.perf_counter()
+        shares.append((now - learning_begins) / (now - begin - frozen_s))
         for one in engines.values():
             one.load_policy(trainer.policy_state(), trainer.policy_version)
+        print(
+            f"adapt: round {round_index}: {lengths['learning'][-1]:.3f} {lengths['frozen'][-1]:.3f} "
+            f"reward {statistics.fmean(rewarded[-4 * _ADAPT_GROUP:]):.2f}", file=sys.stderr, flush=True,
+        )  # fmt: skip
     drafting.close()
     fifth = num_rounds // 5
-    mean = {
-        way: [round(statistics.fmean(one[at : at + fifth]), 3) for at in range(0, num_rounds, fifth)]
-        for way, one in lengths.items()
-    }
-    share = statistics.fmean(shares)
-    gain = round(mean["learning"][-1] - mean["frozen"][-1], 3)
+
+    def fifths(values: Sequence[float]) -> list[float]:
+        width = len(values) // 5
+        return [round(statistics.fmean(values[at : at + width]), 3) for at in range(0, 5 * width, width)]
+
+    mean_lengths = {way: fifths(one) for way, one in lengths.items()}
+    share = statistics.fmean(shares[-fifth:])
+    gain = round(mean_lengths["learning"][-1] - mean_lengths["frozen"][-1], 3)
     figures = {
         "num_rounds": num_rounds,
-        "accepted_length_by_fifths": mean,
-        "learning_share_of_a_round": round(share, 4),
-        "num_steps": learner.num_steps,
+        "teaching": taught,
+        "accepted_length_by_fifths": mean_lengths,
+        "accepted_length": {way: [round(one, 3) for one in ones] for way, ones in lengths.items()},
+        "reward_by_fifths": fifths(rewarded),
+        "learning_share_of_a_round": round(statistics.fmean(shares), 4),
+        "learning_share_of_the_last_rounds": round(share, 4),
+        "num_steps": learner.num_steps - num_steps,
     }
     return figures, [
         Bar("adapt: accepted length at the end, learning less frozen", gain, 0.05),
-        Bar("adapt: share of a round's time that learning takes", round(share, 4), _LEARNING_SHARE, at_least=False),
+        Bar("adapt: share of a round's time that learning takes", round(statistics.fmean(shares), 4), _LEARNING_SHARE,
+            at_least=False),
     ]  # fmt: skip
-
-
-def questions_of_tiny() -> list[tuple[str, str]]:
-    """Return questions of a task that `tiny` knows, with their answers."""
-    from swarm.tasks.gym import import_reasoning_gym
-
-    settings = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}
-    entries = import_reasoning_gym().create_dataset("chain_sum", seed=5, size=500, **settings)
-    return [(entry["question"], entry["answer"]) for entry in entries]
 
 
 def learning(num_seeds: int, num_rounds: int) -> tuple[dict[str, Any], list[Bar]]:
@@ -393,30 +409,28 @@ def main() -> None:
     parser.add_argument("--short", action="store_true", help="a tenth of the work: the figures are rougher")
     options = parser.parse_args()
     scale = 0.1 if options.short else 1.0
-    num_groups, teaching_s = max(4, round(32 * scale)), 300 * scale
+    num_steps = round(1500 * scale)
+    num_groups = {"sure": max(4, round(16 * scale)), "unsure": max(2, round(6 * scale))}  # it writes without an end
     figures: dict[str, Any] = {}
     bars: list[Bar] = []
     models = {"sure": options.sure, "unsure": options.unsure}
     for part in options.parts.split(","):
         begin = time.perf_counter()
+        found: dict[str, Any] = {}
+        held: list[Bar] = []
         if part == "tail":
-            found: dict[str, Any] = {}
-            held: list[Bar] = []
             for name, model in models.items():
                 if model:
-                    found[name], more = tail_of(load_policy(ModelConfig(name=model)), name, num_groups, teaching_s)
+                    policy = load_policy(ModelConfig(name=model))
+                    found[name], more = tail_of(policy, name, num_groups[name], num_steps)
                     held += more
-        elif part == "round":
-            found, held = {}, []
-            if options.sure:
-                found, held = long_round(
-                    load_policy(ModelConfig(name=options.sure)), max(2, round(10 * scale)), teaching_s
-                )
-        elif part == "adapt":
-            found, held = adapt(max(10, round(50 * scale)))
+        elif part == "round" and options.sure:
+            found, held = long_round(load_policy(ModelConfig(name=options.sure)), max(2, round(10 * scale)), num_steps)
+        elif part == "adapt" and options.sure:
+            found, held = adapt(load_policy(ModelConfig(name=options.sure)), max(10, round(50 * scale)), num_steps // 2)
         elif part == "learning":
             found, held = learning(3, max(6, round(60 * scale)))
-        else:
+        elif part not in _PARTS:
             parser.error(f"there is no part {part!r}: choose of {', '.join(_PARTS)}")
         figures[part] = found | {"took_s": round(time.perf_counter() - begin, 1)}
         bars += held

@@ -27,7 +27,7 @@ from swarm.drafting.worth import UNKNOWN, Worth
 from swarm.engine.torch.attention import Extension, window_mask
 from swarm.engine.torch.linear import PackedLinear
 from swarm.engine.torch.llama import LlamaRunner
-from swarm.engine.torch.native import NativeRunner
+from swarm.engine.torch.native import NativeLinear, NativeRunner
 from swarm.engine.torch.sampling import Mode, sample
 
 __all__ = ["HeadDrafter"]
@@ -39,6 +39,9 @@ _MEMORY_TOKENS = 256.0  # observations after which they count half
 
 class _NativeLayer(NativeRunner):
     """Runs the drafter's layer through the compiled kernels, on inputs that are no embeddings of tokens."""
+
+    linear = NativeLinear
+    states_dtype = torch.float32  # what `linear` takes
 
     def place(self, inputs: Tensor) -> Tensor:
         """Put inputs where embeddings are looked up, and return the "tokens" that stand for them."""
@@ -58,6 +61,13 @@ class _NativeLayer(NativeRunner):
 
 class _TorchLayer(LlamaRunner):
     """The same by torch's own operations, on any device."""
+
+    linear = PackedLinear
+
+    @property
+    def states_dtype(self) -> torch.dtype:
+        """See _NativeLayer."""
+        return self.embedding.dtype
 
     def place(self, inputs: Tensor) -> Tensor:
         """See _NativeLayer."""
@@ -177,7 +187,6 @@ class HeadDrafter(Drafter):
         self._embedding = embedding
         self._vocabulary = self._vocabulary_now().to(self._device)
         head = weights.get("lm_head.weight", embedding).detach().index_select(0, self._vocabulary)
-        self._fc = PackedLinear(own["fc.weight"].detach().clone())
         state = {f"model.{name}": one.detach() for name, one in own.items() if name.startswith("layers.")}
         num_inputs = self._num_slots * (CONTEXT_TOKENS + 1)
         state["model.embed_tokens.weight"] = embedding.new_zeros(num_inputs, config.hidden_size)
@@ -191,6 +200,7 @@ class HeadDrafter(Drafter):
             self._runner = kind(layer, self._num_slots, self._capacity)
         else:
             self._runner.load(state)
+        self._fc = self._runner.linear(own["fc.weight"].detach().clone())
 
     def saw(self, seen: Callable[[], Iterable[Seen]], states: Tensor) -> None:
         """See Drafter."""
@@ -335,8 +345,9 @@ class HeadDrafter(Drafter):
     ) -> Tensor:
         """Run pairs of states and the tokens after them. states: [sum(counts), hidden]. returns: likewise."""
         assert self._runner is not None
+        dtype = self._runner.states_dtype
         embedded = self._embedding[torch.tensor(tokens, device=self._device)]
-        inputs = self._fc(torch.cat([embedded, states.to(self._dtype)], dim=-1))
+        inputs = self._fc(torch.cat([embedded.to(dtype), states.to(dtype)], dim=-1))
         return self._runner.extend_slots(self._runner.place(inputs), counts, lengths, slots)
 
     def verified(self, state: SequenceState, draft: Sequence[int], num_kept: int) -> None:

@@ -15,7 +15,7 @@ from swarm.engine.torch.llama import LlamaRunner, LlamaShape
 from swarm.engine.torch.runner import ModelRunner
 from swarm.native import Kernels, huge_pages, kernels
 
-__all__ = ["NativeRunner"]
+__all__ = ["NativeLinear", "NativeRunner"]
 
 _MAX_ROWS = 512  # tokens of one call; bounds the scratch memory
 _LANES = 16
@@ -99,6 +99,15 @@ def _pack(weight: torch.Tensor) -> torch.Tensor:
 def _interleave(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """Alternate blocks of 16 rows of two weights. Both: [intermediate, hidden]."""
     return torch.stack([gate.view(-1, _LANES, gate.shape[1]), up.view(-1, _LANES, up.shape[1])], 1).flatten(0, 2)
+
+
+def _times(library: Kernels, model: _Model, x: torch.Tensor, num_out: int) -> torch.Tensor:
+    """Multiply rows with a model's head. x: float32 [num_rows, in_features]. returns: float32 [num_rows, num_out]."""
+    out = torch.empty(len(x), num_out)
+    for start in range(0, len(x), _MAX_ROWS):
+        part = x[start : start + _MAX_ROWS].contiguous()
+        library.logits(ctypes.byref(model), library.instruction_set, part.data_ptr(), len(part), out[start:].data_ptr())
+    return out
 
 
 class NativeRunner(ModelRunner):
@@ -254,14 +263,7 @@ class NativeRunner(ModelRunner):
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Apply the language model head; see ModelRunner."""
-        out = torch.empty(len(hidden), self.vocab_size)
-        for start in range(0, len(hidden), _MAX_ROWS):
-            part = hidden[start : start + _MAX_ROWS].contiguous()
-            self._library.logits(
-                ctypes.byref(self._model), self._library.instruction_set,
-                part.data_ptr(), len(part), out[start:].data_ptr(),
-            )  # fmt: skip
-        return out
+        return _times(self._library, self._model, hidden, self.vocab_size)
 
     def copy_prefix(self, source: int, targets: Sequence[int], length: int) -> None:
         """Copy the start of one slot to others; see ModelRunner."""
@@ -274,3 +276,25 @@ class NativeRunner(ModelRunner):
     def move(self, source: int, target: int, length: int) -> None:
         """Exchange the places of two slots; see ModelRunner."""
         self._places[[source, target]] = self._places[[target, source]]
+
+
+class NativeLinear:
+    """`x @ weight.T` through the compiled kernels, with the weight packed once."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        """weight: [out_features, in_features], float32 or bfloat16; in_features a multiple of 16."""
+        library = kernels()
+        if library is None:
+            raise RuntimeError("the decode kernels are not compiled")
+        self._library: Kernels = library
+        self._num_out, width = weight.shape
+        self._kept = _pack(weight), torch.zeros(_MAX_ROWS, width, dtype=weight.dtype)
+        packed, scratch = (tensor.data_ptr() for tensor in self._kept)
+        self._model = _Model(
+            is_bf16=weight.dtype == torch.bfloat16, hidden=width, vocab=self._num_out, head=packed, input=scratch,
+            num_threads=min(torch.get_num_threads(), _MAX_THREADS),
+        )  # fmt: skip
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """x: float32 [num_rows, in_features]. returns: float32 [num_rows, out_features]."""
+        return _times(self._library, self._model, x, self._num_out)
