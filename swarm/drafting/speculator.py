@@ -171,14 +171,16 @@ class Speculator:
 
 
 def make_speculator(mode: str, head: Drafter | None = None) -> Speculator | None:
-    """Return what `engine.speculation` names: "off", a drafter that is always on, or "auto" with all of them.
+    """Return what `engine.speculation` names: "off", a drafter that is always on, or "auto", which tries and chooses.
 
-    head: the learned drafter, where somebody teaches one; "head" without it decodes plainly.
+    head: the learned drafter, where somebody teaches one; "head" without it decodes plainly. "auto" leaves out prompt
+    lookup: the suffix drafter knows what it knows, and each strategy more takes time to try.
     """
     if mode == "off" or (mode == "head" and head is None):
         return None
-    drafters: list[Drafter] = [SuffixDrafter(), NgramDrafter(), *([head] if head is not None else [])]
-    if mode != "auto":
-        return Speculator([one for one in drafters if one.name == mode], Strategy(mode, *_FIXED))
-    tuned = [Strategy(drafter.name, *sizes) for drafter in drafters for sizes in _TUNED]
-    return Speculator(drafters, StrategyTuner(tuned))
+    if mode == "auto":
+        drafters: list[Drafter] = [SuffixDrafter(), *([head] if head is not None else [])]
+        tuned = [Strategy(drafter.name, *sizes) for drafter in drafters for sizes in _TUNED]
+        return Speculator(drafters, StrategyTuner(tuned))
+    drafter = head if head is not None and mode == head.name else NgramDrafter() if mode == "ngram" else SuffixDrafter()
+    return Speculator([drafter], Strategy(mode, *_FIXED))

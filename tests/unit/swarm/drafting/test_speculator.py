@@ -68,8 +68,8 @@ def test_every_mode_that_a_config_may_name(mode):
     if mode in ("off", "head"):  # nobody teaches one
         assert speculator is None
     else:
-        assert set(speculator.drafters) == ({"suffix", "ngram"} if mode == "auto" else {mode})
+        assert set(speculator.drafters) == ({"suffix"} if mode == "auto" else {mode})
     if mode != "off":
         taught = make_speculator(mode, Head())
-        assert set(taught.drafters) == ({"suffix", "ngram", "head"} if mode == "auto" else {mode})
+        assert set(taught.drafters) == ({"suffix", "head"} if mode == "auto" else {mode})
         assert isinstance(taught.strategy, StrategyTuner) == (mode == "auto")
