@@ -1,6 +1,4 @@
-"""Tokens per second of our engine on a GPU against transformers.generate, and the distance to the roofline.
-
-    python benchmarks/cuda_engine.py [--models tiny smollm2-135m qwen2.5-0.5b] [--profile]
+"""Tokens per second of our engine against transformers.generate, and the distance to the roofline.
 
 The workloads are those of benchmarks/engine.py: *equal*, completions of one length by the number of requests, and
 *mixed*, a few long completions and many short ones. Prompts are random tokens of one length, no two alike. Both
@@ -8,23 +6,19 @@ sides sample at temperature 1 and ignore EOS. transformers.generate takes a work
 default cache and sdpa attention. Ours first does the whole workload twice, which records its graphs; `first_s` is the
 first time, in which kernels are loaded. Both sides warm up with completions of four tokens; a figure is the best of
 the repeats after that.
-
-On a machine without a GPU it reports that there is none.
 """
 
 import argparse
 import copy
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "benchmarks")]
+from _gpu import MODELS, free, make_model, wait
+from engine import Shape, Workload, check_lengths, limits
+from harness import Bar
 
-from _cuda import MODELS, gpu_roofline, make_model  # noqa: E402
-from engine import Shape, Workload, check_lengths, limits  # noqa: E402
-from harness import Bar, report  # noqa: E402
+__all__ = ["engine_part", "make_workload"]
 
 GENERATE = "transformers.generate"
 MIXED = (16, 16, 16, 16, 32, 32, 64, 256)
@@ -48,15 +42,13 @@ class Sides:
         model.generation_config = settings
 
     def ours(self, workload: Workload, seed: int) -> float:
-        import torch
-
         from swarm.engine.base import Request, SamplingParams
 
         requests = [
             Request(index, prompt, seed * 1_000_003 + index, SamplingParams(length, ignore_eos=True))
             for index, (prompt, length) in enumerate(zip(workload.prompts, workload.lengths, strict=True))
         ]
-        torch.cuda.synchronize()
+        wait(self.model.device.type)
         start = time.perf_counter()
         completions = self.engine.generate(requests)
         seconds = time.perf_counter() - start
@@ -68,7 +60,7 @@ class Sides:
 
         torch.manual_seed(seed)
         longest = max(workload.lengths)
-        torch.cuda.synchronize()
+        wait(self.model.device.type)
         start = time.perf_counter()
         tokens = torch.tensor(workload.prompts, device=self.model.device)  # [num_requests, prompt_len]
         out = self.model.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=longest)
@@ -155,18 +147,6 @@ def profile(sides: Sides, workload: Workload, title: str) -> None:
     sides.engine.abort()
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32, 64, 256])
-    parser.add_argument("--prompt-len", type=int, default=32)
-    parser.add_argument("--tokens", type=int, default=64, help="of each request of equal length")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--skip-peers", action="store_true", help="ours alone")
-    parser.add_argument("--profile", action="store_true", help="also print kernels by their time")
-    return parser.parse_args()
-
-
 def make_bars(figures: dict[str, Any]) -> list[Bar]:
     """Return every bar; its value is None where it was not measured."""
 
@@ -181,39 +161,27 @@ def make_bars(figures: dict[str, Any]) -> list[Bar]:
     ]
 
 
-def main() -> None:
-    """Measure what was asked for and report it."""
-    import torch
-
-    args = parse_arguments()
-    if not torch.cuda.is_available():
-        report({"note": "torch sees no GPU here"}, make_bars({}))
-        return
+def engine_part(args: argparse.Namespace, roofline: dict[str, float]) -> tuple[dict[str, Any], list[Bar]]:
+    """Measure the models and batches that were asked for."""
     figures: dict[str, Any] = {"statistic": "best of the repeats", "temperature": 1.0}
-    roofline = figures["roofline"] = gpu_roofline()
-    print(roofline, file=sys.stderr)
     for name in args.models:
-        model = make_model(name, "cuda")
+        model = make_model(name, args.device)
         vocab, limit = model.config.vocab_size, model.config.max_position_embeddings
         tokens = min(args.tokens, limit - args.prompt_len)
         mixed = tuple(min(length, limit - args.prompt_len) for length in MIXED)
         workloads = {f"equal_{n}": make_workload(vocab, n, args.prompt_len, (tokens,)) for n in args.batches}
-        workloads["mixed"] = make_workload(vocab, 64, args.prompt_len, mixed)
-        max_seq_len = args.prompt_len + max(tokens, *mixed)
-        sides = Sides(model, max_seq_len, max(args.batches))
+        workloads["mixed"] = make_workload(vocab, args.num_mixed, args.prompt_len, mixed)
+        sides = Sides(model, args.prompt_len + max(tokens, *mixed), max(args.batches))
         figures[name] = {"dtype": str(model.dtype).removeprefix("torch."), "max_slots": max(args.batches)}
         for key, workload in workloads.items():
             figure = figures[name][key] = measure(sides, workload, args, f"{name} {key}")
             add_limits(figure, workload, Shape.of(model), roofline)
-        figures[name]["num_graphs"] = sides.engine._decode_step.num_graphs
-        if args.profile:
+        if sides.engine._decode_step is not None:
+            figures[name]["num_graphs"] = sides.engine._decode_step.num_graphs
+        if args.profile and args.device == "cuda":
             for n in (8, max(args.batches)):
                 profile(sides, make_workload(vocab, n, args.prompt_len, (tokens,)), f"{name}, {n} requests")
         sides.engine.close()
         del sides, model
-        torch.cuda.empty_cache()
-    report(figures, make_bars(figures))
-
-
-if __name__ == "__main__":
-    main()
+        free(args.device)
+    return figures, make_bars(figures)

@@ -1,15 +1,16 @@
-"""What the benchmarks for a GPU share: models of known shapes, and what the GPU does at best.
+"""What the parts of benchmarks/gpu.py share: models of known shapes, and what the device does at best.
 
 Weights are random but for `tiny`: speed depends on shapes alone, and nothing has to be downloaded.
 """
 
+import gc
 import time
 from collections.abc import Callable
 from typing import Any
 
-from harness import REPOSITORY
+from harness import REPOSITORY, measure_roofline
 
-__all__ = ["MODELS", "gpu_roofline", "gpu_time_s", "make_model"]
+__all__ = ["MODELS", "free", "make_model", "roofline", "wait"]
 
 MODELS = ("tiny", "smollm2-135m", "qwen2.5-0.5b")
 
@@ -39,32 +40,50 @@ def make_model(name: str, device: str) -> Any:
         return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
 
 
-def gpu_time_s(work: Callable[[], object], repeats: int = 20) -> float:
-    """Return the median time of one call on the device, after three calls to warm up."""
+def wait(device: str) -> None:
+    """Return when the device has done what it was given."""
     import torch
 
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def free(device: str) -> None:
+    """Give back what the device holds of models that are gone."""
+    import torch
+
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _time_s(work: Callable[[], object], repeats: int = 10) -> float:
+    """Return the median time of one call on a GPU, after three calls to warm up."""
     for _ in range(3):
         work()
-    torch.cuda.synchronize()
+    wait("cuda")
     seconds = []
     for _ in range(repeats):
         start = time.perf_counter()
         work()
-        torch.cuda.synchronize()
+        wait("cuda")
         seconds.append(time.perf_counter() - start)
     return sorted(seconds)[len(seconds) // 2]
 
 
-def gpu_roofline() -> dict[str, float]:
-    """Measure matmuls in GFLOP/s and copies in GB/s, bytes read and written, on random numbers."""
+def roofline(device: str) -> dict[str, float]:
+    """Measure matmuls in GFLOP/s and memory in GB/s, on random numbers. On a GPU memory is copied, on a CPU read."""
     import torch
 
+    if device != "cuda":
+        found = measure_roofline(1.0)
+        return {**found, "memory_gb_per_s": found["memory_read_gb_per_s"]}
     size, found = 8192, {}
     for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
         left, right = (torch.randn(size, size, device="cuda", dtype=dtype) for _ in range(2))
-        seconds = gpu_time_s(lambda left=left, right=right: left @ right, 10)
+        seconds = _time_s(lambda left=left, right=right: left @ right)
         found[f"matmul_{name}_gflop_per_s"] = round(2 * size**3 / seconds / 1e9, 1)
     source = torch.randn(1 << 30, device="cuda", dtype=torch.bfloat16)
     target = torch.empty_like(source)
-    found["memory_gb_per_s"] = round(2 * source.numel() * 2 / gpu_time_s(lambda: target.copy_(source), 10) / 1e9, 1)
+    found["memory_gb_per_s"] = round(2 * source.numel() * 2 / _time_s(lambda: target.copy_(source)) / 1e9, 1)
     return found
