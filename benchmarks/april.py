@@ -1,17 +1,21 @@
 """Partial rollouts against synchronous ones: what they gain on a long tail, and what they cost without one.
 
-    python benchmarks/april.py [--parts throughput,discarded,overhead,own,learning] [--short] [--cpu-time]
+    python benchmarks/april.py [--parts throughput,discarded,overhead,own,learning] [--workloads 2x4,4x4,8x8]
+                               [--engine torch] [--short] [--cpu-time]
 
 throughput   `tiny` with enforced lengths: log-normal, p99/p50 of 8.3, cut at 16 medians; groups per second and idle
-             decode slots. *keep* is scheduling alone. *verify* is the default, under a policy that a real update moves
-             after every round; at each learning rate it says how much of a prefix survives one update
+             decode slots, under a policy that a real update moves after every round. *keep*: tokens of older policies
+             stay; *verify*: the default. It says how much of what is written ahead survives updates at three rates
 discarded    tokens that were written and neither returned nor in flight nor cut by a new policy, over 200 rounds
 overhead     a workload without a tail, with the settings that are on by default
 own          `smollm2-135m` with lengths of its own (minutes)
 learning     held-out pass@1 of `tiny` over five seeds, at equal optimizer steps and at equal time (`_april_learning`)
 
-The sides take turns, round by round, each with an engine of its own kind and size, over the same prompts, seeds and
-lengths. Updates are not timed: only rollouts are compared.
+With `--engine vllm` the first two run on vLLM, which keeps tokens and loads the policy anew after every round: what is
+resumed finds nothing in its prefix cache, as after an update. Its process is used by all sides in turn.
+
+The sides take turns, round by round, with engines of one kind and size, over the same prompts, seeds and lengths.
+A workload is groups of a round x completions of a group. Updates are not timed: only rollouts are compared.
 """
 
 import argparse
@@ -21,9 +25,10 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cache
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -32,7 +37,8 @@ from harness import Bar, report
 
 from protocol.messages import TaskRef
 from swarm.config import EngineConfig, ModelConfig, RolloutConfig, TrainerConfig
-from swarm.engine.base import Request
+from swarm.engine.base import Engine, Request
+from swarm.engine.choice import make_engine
 from swarm.engine.torch import TorchEngine
 from swarm.policy import Policy, load_policy
 from swarm.rollout.collector import RolloutCollector
@@ -42,10 +48,11 @@ from swarm.types import RolloutGroup, Task, TrainingBatch, TrainingGroup
 
 _MEDIAN, _CAP = 14, 16 * 14  # `tiny` takes 256 positions
 _SIGMA = math.log(8.3) / 2.326  # of the logarithm: the 99th percentile is 8.3 medians
-_MAX_SLOTS = 64
+_MAX_SLOTS, _MAX_PROMPT = 64, 32
 _PARTS = ("throughput", "discarded", "overhead")
 _RATES = (1e-6, 1e-5, 1e-4)
-_WARMUP_ROUNDS = 3  # until as much is written ahead as a round takes from it
+_OWN_WARMUP_ROUNDS = 2
+_WARMUP_ROUNDS = 6  # until as much is written ahead as a round takes from it
 _GAIN, _OVERHEAD, _MAX_TOKENS = 1.44, 0.99, 256
 
 
@@ -55,45 +62,45 @@ def tail_length(seed: int) -> int:
     return min(_CAP, max(1, round(_MEDIAN * math.exp(_SIGMA * random.Random(seed).gauss(0.0, 1.0)))))
 
 
-class EnforcedEngine(TorchEngine):
-    """Writes as many tokens for a request as `length(seed)` says."""
+def _enforce(engine: Engine, length: Callable[[int], int]) -> None:
+    """Let an engine write as many tokens for a request as `length(seed)` says."""
+    submit = partial(type(engine).submit, engine)
 
-    length: Callable[[int], int]
+    def enforced(requests: Sequence[Request]) -> None:
+        lengths = (replace(one.sampling, max_new_tokens=length(one.seed), ignore_eos=True) for one in requests)
+        submit([replace(one, sampling=sampling) for one, sampling in zip(requests, lengths, strict=True)])
 
-    def submit(self, requests: Sequence[Request]) -> None:
-        super().submit(
-            [
-                replace(
-                    request,
-                    sampling=replace(request.sampling, max_new_tokens=self.length(request.seed), ignore_eos=True),
-                )
-                for request in requests
-            ]
-        )
+    engine.submit = enforced  # type: ignore[method-assign]
 
 
 @dataclass
 class Side:
-    """One way of writing rollouts, with its engine, and the trainer that moves its policy."""
+    """One way of writing rollouts, with its engine, and the trainer that moves its policy, if one does."""
 
     rollouts: RolloutCollector
-    engine: TorchEngine
+    engine: Engine
+    state: Mapping[str, torch.Tensor]  # loaded after every round where there is no trainer
     trainer: Trainer | None = None
     clock: Callable[[], float] = time.perf_counter
     seconds: list[float] = field(default_factory=list)
     num_groups: int = 0
     num_returned: int = 0
     rows: list[dict[str, Any]] = field(default_factory=list)
+    stats: Counter[str] = field(default_factory=Counter)  # what the engine did for this side
 
     def play(self, tasks: Sequence[Task], round_index: int) -> list[RolloutGroup]:
         """One round; only the rollouts are timed."""
+        before = asdict(self.engine.stats)
         begin = self.clock()
         groups = self.rollouts.collect(tasks, round_index=round_index)
         self.seconds.append(self.clock() - begin)
+        self.stats.update({name: num - before[name] for name, num in asdict(self.engine.stats).items()})
         self.num_groups += len(groups)
         self.num_returned += sum(len(one.token_ids) for group in groups for one in group.completions)
         self.rows.append(self.rollouts.describe())
-        if self.trainer is not None:
+        if self.trainer is None:
+            self.rollouts.load_policy(self.state, round_index + 1)
+        else:
             self.trainer.update(_random_batch(groups, round_index))
             self.rollouts.load_policy(self.trainer.policy_state(), self.trainer.policy_version)
         return groups
@@ -115,27 +122,37 @@ def _random_batch(groups: Sequence[RolloutGroup], seed: int) -> TrainingBatch:
     )
 
 
-def _side(
-    policy: Policy, config: RolloutConfig, tasks: Callable[[int], Sequence[Task]], *,
-    length: Callable[[int], int] | None, learning_rate: float = 0.0, clock: Callable[[], float] = time.perf_counter,
-) -> Side:  # fmt: skip
-    """Make a side. length: None for lengths of its own."""
-    kind = TorchEngine if length is None else EnforcedEngine
-    engine = kind(
-        policy.model, eos_token_ids=policy.eos_token_ids, config=EngineConfig(max_slots=_MAX_SLOTS),
-        max_seq_len=config.max_new_tokens + 32,
-    )  # fmt: skip
-    if isinstance(engine, EnforcedEngine) and length is not None:
-        engine.length = length
-    trainer = None
-    if learning_rate:
-        trainer = Trainer(copy.deepcopy(policy.model), TrainerConfig(learning_rate=learning_rate))
-    rollouts = (
-        PartialRollouts(engine, policy, config, 1, tasks)
-        if config.is_partial
-        else RolloutCollector(engine, policy, config, 1)
-    )
-    return Side(rollouts, engine, trainer, clock)
+@dataclass(frozen=True)
+class Bench:
+    """What all sides of a comparison share."""
+
+    policy: Policy
+    clock: Callable[[], float] = time.perf_counter
+    engine: Engine | None = None  # one that all sides use in turn; None: each has a torch engine
+
+    def side(
+        self, config: RolloutConfig, tasks: Callable[[int], Sequence[Task]], *,
+        length: Callable[[int], int] | None, learning_rate: float = 0.0,
+    ) -> Side:  # fmt: skip
+        """Make a side. length: None for lengths of its own."""
+        policy, state = self.policy, self.policy.model.state_dict()
+        engine = self.engine or TorchEngine(
+            policy.model, eos_token_ids=policy.eos_token_ids, config=EngineConfig(max_slots=_MAX_SLOTS),
+            max_seq_len=config.max_new_tokens + _MAX_PROMPT,
+        )  # fmt: skip
+        if length is not None:
+            _enforce(engine, length)
+        if self.engine is not None:
+            engine.load_policy(state, 0)
+        trainer = None
+        if learning_rate:
+            trainer = Trainer(copy.deepcopy(policy.model), TrainerConfig(learning_rate=learning_rate))
+        rollouts = (
+            PartialRollouts(engine, policy, config, 1, tasks)
+            if config.is_partial
+            else RolloutCollector(engine, policy, config, 1)
+        )
+        return Side(rollouts, engine, state, trainer, self.clock)
 
 
 def _tasks(num_groups: int) -> Callable[[int], list[Task]]:
@@ -152,19 +169,19 @@ def _tasks(num_groups: int) -> Callable[[int], list[Task]]:
     return of
 
 
-def _describe(side: Side, against: Side | None) -> dict[str, Any]:
+def _describe(side: Side, against: Side | None, num_warmup: int = _WARMUP_ROUNDS) -> dict[str, Any]:
     """Return what a side did after its warm-up."""
-    seconds, stats = sum(side.seconds[_WARMUP_ROUNDS:]), side.engine.stats
+    seconds, stats = sum(side.seconds[num_warmup:]), side.stats
     per_round = side.num_groups / len(side.seconds)
     found: dict[str, Any] = {
-        "groups_per_s": round(per_round * len(side.seconds[_WARMUP_ROUNDS:]) / seconds, 2),
-        "steps_per_round": round(stats.num_steps / len(side.seconds), 1),
-        "idle_slot_share": round(1 - stats.num_slot_steps / (stats.num_steps * _MAX_SLOTS), 3),
+        "groups_per_s": round(per_round * len(side.seconds[num_warmup:]) / seconds, 2),
+        "steps_per_round": round(stats["num_steps"] / len(side.seconds), 1),
+        "idle_slot_share": round(1 - stats["num_slot_steps"] / (stats["num_steps"] * _MAX_SLOTS), 3),
     }
     if against is not None:
-        found["times_as_fast_as_synchronous"] = round(sum(against.seconds[_WARMUP_ROUNDS:]) / seconds, 3)
-    if stats.num_draft_tokens:
-        kept, drafts = stats.num_draft_tokens_kept, stats.num_draft_tokens
+        found["times_as_fast_as_synchronous"] = round(sum(against.seconds[num_warmup:]) / seconds, 3)
+    if stats["num_draft_tokens"]:
+        kept, drafts = stats["num_draft_tokens_kept"], stats["num_draft_tokens"]
         found["draft_tokens_per_round"] = round(drafts / len(side.seconds), 1)
         found["draft_tokens_kept_share"] = round(kept / drafts, 4)
     if side.rows[0]:
@@ -175,48 +192,53 @@ def _describe(side: Side, against: Side | None) -> dict[str, Any]:
     return found
 
 
-def throughput(
-    policy: Policy, workloads: Sequence[tuple[int, int, int]], clock: Callable[[], float]
-) -> tuple[dict[str, Any], list[Bar]]:
-    """Groups per second on the long tail. workloads: groups of a round, completions of a group, rounds."""
+def _settings(num_completions: int, *, learns: bool) -> dict[str, tuple[RolloutConfig, float]]:
+    """Return the sides of `throughput` and the learning rates of their policies.
+
+    Where they learn, all of them do, the synchronous one too: after an update caches are cold.
+    """
+    rate = _RATES[0] if learns else 0.0
+    base = RolloutConfig(num_completions=num_completions, max_new_tokens=_CAP, schedule="partial")
+    keep = base.model_copy(update={"stale_tokens": "correct"})
+    found = {"synchronous": (base.model_copy(update={"schedule": "synchronous"}), rate)}
+    found |= {f"keep x{f:g}": (keep.model_copy(update={"over_provision": f}), rate) for f in (2.0, 4.0)}
+    found["keep, adaptive"] = keep, rate
+    found["keep, arrival x2"] = keep.model_copy(update={"over_provision": 2.0, "order": "arrival"}), rate
+    if learns:
+        for factor in (2.0, 4.0, 6.0):
+            found[f"verify x{factor:g}"] = base.model_copy(update={"over_provision": factor}), rate
+        found["verify, adaptive"] = base, rate
+        found |= {f"verify, adaptive, learning rate {more:g}": (base, more) for more in _RATES[1:]}
+    return found
+
+
+def throughput(bench: Bench, workloads: Mapping[str, int]) -> tuple[dict[str, Any], list[Bar]]:
+    """Groups per second on the long tail. workloads: rounds of each."""
     figures: dict[str, Any] = {}
     bars = []
-    for num_groups, num_completions, num_rounds in workloads:
+    for workload, num_rounds in workloads.items():
+        num_groups, num_completions = map(int, workload.split("x"))
         tasks = _tasks(num_groups)
-        base = RolloutConfig(num_completions=num_completions, max_new_tokens=_CAP, schedule="partial")
-        keep = base.model_copy(update={"stale_tokens": "correct"})
-        plain = base.model_copy(update={"schedule": "synchronous"})
-        settings: dict[str, tuple[RolloutConfig, float]] = {"synchronous": (plain, 0.0)}
-        settings |= {f"keep x{f:g}": (keep.model_copy(update={"over_provision": f}), 0.0) for f in (2.0, 3.0, 4.0)}
-        settings["keep, arrival x2"] = keep.model_copy(update={"over_provision": 2.0, "order": "arrival"}), 0.0
-        settings["keep, adaptive"] = keep, 0.0
-        settings |= {
-            f"verify x2, learning rate {r:g}": (base.model_copy(update={"over_provision": 2.0}), r) for r in _RATES
-        }
-        usual = f"learning rate {_RATES[0]:g}"
-        for factor in (3.0, 4.0):
-            settings[f"verify x{factor:g}, {usual}"] = base.model_copy(update={"over_provision": factor}), _RATES[0]
-        settings[f"verify, adaptive, {usual}"] = base, _RATES[0]
         sides = {
-            name: _side(policy, config, tasks, length=tail_length, learning_rate=rate, clock=clock)
-            for name, (config, rate) in settings.items()
+            name: bench.side(config, tasks, length=tail_length, learning_rate=rate)
+            for name, (config, rate) in _settings(num_completions, learns=bench.engine is None).items()
         }
         for round_index in range(num_rounds + _WARMUP_ROUNDS):
             for side in sides.values():
                 side.play(tasks(round_index), round_index)
-        workload = f"{num_groups} groups of {num_completions}"
         against = sides["synchronous"]
         found = {name: _describe(side, None if side is against else against) for name, side in sides.items()}
-        figures[workload] = found
+        figures[workload] = found | {"num_rounds": num_rounds}
         for way, names in {
             "kept tokens, best fixed factor": [name for name in found if name.startswith("keep x")],
             "kept tokens, adaptive": ["keep, adaptive"],
-            "exact, best fixed factor": [name for name in found if name.startswith("verify x") and usual in name],
-            "exact, adaptive": [f"verify, adaptive, {usual}"],
+            "exact, best fixed factor": [name for name in found if name.startswith("verify x")],
+            "exact, adaptive": [name for name in found if name == "verify, adaptive"],
         }.items():
-            best = max(found[name]["times_as_fast_as_synchronous"] for name in names)
-            bars.append(Bar(f"tiny, {workload}: {way}, against synchronous", best, _GAIN))
-        idle = found["synchronous"]["idle_slot_share"] - found["keep x3"]["idle_slot_share"]
+            if names:
+                best = max(found[name]["times_as_fast_as_synchronous"] for name in names)
+                bars.append(Bar(f"tiny, {workload}: {way}, against synchronous", best, _GAIN))
+        idle = found["synchronous"]["idle_slot_share"] - found["keep x4"]["idle_slot_share"]
         bars.append(Bar(f"tiny, {workload}: share of slots idle, synchronous less partial", round(idle, 3), 0.0))
     return figures | {"lengths": _lengths(tail_length)}, bars
 
@@ -229,7 +251,7 @@ def _lengths(length: Callable[[int], int]) -> dict[str, float]:
     }  # fmt: skip
 
 
-def discarded(policy: Policy, num_rounds: int) -> tuple[dict[str, Any], list[Bar]]:
+def discarded(bench: Bench, num_rounds: int) -> tuple[dict[str, Any], list[Bar]]:
     """Tokens that were written for nothing."""
     tasks, figures, bars = _tasks(4), {}, []
     base = RolloutConfig(num_completions=4, max_new_tokens=96, schedule="partial", over_provision=2.5)
@@ -240,7 +262,9 @@ def discarded(policy: Policy, num_rounds: int) -> tuple[dict[str, Any], list[Bar
         "verify, arrival": {"order": "arrival"},
     }.items():
         config = base.model_copy(update=settings)
-        side = _side(policy, config, tasks, length=lambda seed: 1 + tail_length(seed) % 96, learning_rate=1e-5)
+        if config.stale_tokens == "verify" and bench.engine is not None:
+            continue
+        side = bench.side(config, tasks, length=lambda seed: 1 + tail_length(seed) % 96, learning_rate=1e-5)
         for round_index in range(num_rounds):
             side.play(tasks(round_index), round_index)
         state = side.rollouts.state()
@@ -249,9 +273,9 @@ def discarded(policy: Policy, num_rounds: int) -> tuple[dict[str, Any], list[Bar
             len(written[0]) // 4 for group in state["groups"] for _, written in group["members"] if written is not None
         )
         cut = sum(row["num_tokens_cut"] for row in side.rows)
-        lost = side.engine.stats.num_tokens_generated - side.num_returned - in_flight - cut
+        lost = side.stats["num_tokens_generated"] - side.num_returned - in_flight - cut
         figures[name] = {
-            "num_rounds": num_rounds, "num_tokens_generated": side.engine.stats.num_tokens_generated,
+            "num_rounds": num_rounds, "num_tokens_generated": side.stats["num_tokens_generated"],
             "num_tokens_returned": side.num_returned, "num_tokens_in_flight": in_flight,
             "num_tokens_cut_by_new_policies": cut, "num_tokens_discarded": lost,
         }  # fmt: skip
@@ -259,12 +283,12 @@ def discarded(policy: Policy, num_rounds: int) -> tuple[dict[str, Any], list[Bar
     return figures, bars
 
 
-def overhead(policy: Policy, num_rounds: int, clock: Callable[[], float]) -> tuple[dict[str, Any], list[Bar]]:
+def overhead(bench: Bench, num_rounds: int) -> tuple[dict[str, Any], list[Bar]]:
     """No tail: nothing to gain."""
     tasks = _tasks(8)
     base = RolloutConfig(num_completions=8, max_new_tokens=64, schedule="partial")
     plain = base.model_copy(update={"schedule": "synchronous"})
-    sides = [_side(policy, config, tasks, length=lambda seed: 64, clock=clock) for config in (plain, base)]
+    sides = [bench.side(config, tasks, length=lambda seed: 64) for config in (plain, base)]
     for round_index in range(num_rounds):
         for side in sides if round_index % 2 else reversed(sides):
             side.play(tasks(round_index), round_index)
@@ -278,53 +302,74 @@ def overhead(policy: Policy, num_rounds: int, clock: Callable[[], float]) -> tup
     return figures, [Bar("no tail: partial against synchronous", round(ratio, 4), _OVERHEAD)]
 
 
-def own(num_rounds: int, clock: Callable[[], float]) -> tuple[dict[str, Any], list[Bar]]:
-    """A model's own lengths."""
-    policy, tasks = load_policy(ModelConfig(name="smollm2-135m")), _tasks(4)
-    base = RolloutConfig(num_completions=4, max_new_tokens=_MAX_TOKENS, schedule="partial", over_provision=3.0)
-    keep = base.model_copy(update={"stale_tokens": "correct"})
-    plain = base.model_copy(update={"schedule": "synchronous"})
-    sides = {
-        "synchronous": _side(policy, plain, tasks, length=None, clock=clock),
-        "keep x3": _side(policy, keep, tasks, length=None, clock=clock),
-        "verify x3, learning rate 1e-06": _side(policy, base, tasks, length=None, learning_rate=1e-6, clock=clock),
-    }
-    lengths: list[int] = []
-    for round_index in range(num_rounds + _WARMUP_ROUNDS):
-        for name, side in sides.items():
-            groups = side.play(tasks(round_index), round_index)
-            if name == "synchronous":
-                lengths += [len(one.token_ids) for group in groups for one in group.completions]
-    against = sides["synchronous"]
-    figures: dict[str, Any] = {
-        name: _describe(side, None if side is against else against) for name, side in sides.items()
-    }
-    lengths.sort()
-    figures["lengths"] = {"median": lengths[len(lengths) // 2], "longest": lengths[-1]}
-    return figures, [
-        Bar(f"smollm2-135m: {name}, against synchronous", figures[name]["times_as_fast_as_synchronous"], _GAIN)
-        for name in sides
-        if name != "synchronous"
-    ]
+def own(workloads: Mapping[str, int], clock: Callable[[], float]) -> tuple[dict[str, Any], list[Bar]]:
+    """A model's own lengths. workloads: rounds of each."""
+    bench = Bench(load_policy(ModelConfig(name="smollm2-135m")), clock)
+    figures: dict[str, Any] = {}
+    bars = []
+    for workload, num_rounds in workloads.items():
+        num_groups, num_completions = map(int, workload.split("x"))
+        tasks, lengths = _tasks(num_groups), list[int]()
+        base = RolloutConfig(num_completions=num_completions, max_new_tokens=_MAX_TOKENS, schedule="partial")
+        settings = {
+            "synchronous": base.model_copy(update={"schedule": "synchronous"}),
+            "keep x3": base.model_copy(update={"over_provision": 3.0, "stale_tokens": "correct"}),
+            "verify x3": base.model_copy(update={"over_provision": 3.0}),
+            "verify, adaptive": base,
+        }
+        sides = {
+            name: bench.side(config, tasks, length=None, learning_rate=_RATES[0]) for name, config in settings.items()
+        }
+        for round_index in range(num_rounds + _OWN_WARMUP_ROUNDS):
+            for name, side in sides.items():
+                groups = side.play(tasks(round_index), round_index)
+                if name == "synchronous":
+                    lengths += [len(one.token_ids) for group in groups for one in group.completions]
+        against = sides["synchronous"]
+        found = {
+            name: _describe(side, None if side is against else against, _OWN_WARMUP_ROUNDS)
+            for name, side in sides.items()
+        }
+        lengths.sort()
+        spread = {"median": lengths[len(lengths) // 2], "p90": lengths[len(lengths) * 9 // 10], "longest": lengths[-1]}
+        figures[workload] = found | {"lengths": spread, "num_rounds": num_rounds}
+        bars += [
+            Bar(f"smollm2-135m, {workload}: {name}, against synchronous", one["times_as_fast_as_synchronous"], _GAIN)
+            for name, one in found.items()
+            if name != "synchronous"
+        ]
+    return figures, bars
 
 
 def main() -> None:
     """Run the parts that are asked for, and report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", default=",".join(_PARTS))
+    parser.add_argument("--workloads", help="groups of a round x completions of a group, with commas")
+    parser.add_argument("--engine", choices=("torch", "vllm"), default="torch")
     parser.add_argument("--short", action="store_true", help="few rounds: to see that it runs")
     parser.add_argument("--cpu-time", action="store_true", help="one thread, CPU seconds: where other work goes on")
     args = parser.parse_args()
+    if args.cpu_time and args.engine == "vllm":
+        parser.error("vLLM computes in a process of its own, which --cpu-time does not see")
     clock = time.process_time if args.cpu_time else time.perf_counter
     if args.cpu_time:
         torch.set_num_threads(1)
     few, tiny = args.short, load_policy(ModelConfig(name="tiny"))
+    config = EngineConfig(backend=args.engine, max_slots=_MAX_SLOTS)
+    shared = make_engine(tiny, config, max_seq_len=_CAP + _MAX_PROMPT) if args.engine == "vllm" else None
+    bench = Bench(tiny, clock, shared)
+
+    def rounds(usual: Mapping[str, int]) -> dict[str, int]:
+        chosen = args.workloads.split(",") if args.workloads else [*usual]
+        return {one: 2 if few else usual.get(one, 10) for one in chosen}
+
     parts: dict[str, Callable[[], tuple[dict[str, Any], list[Bar]]]] = {
-        "throughput": lambda: throughput(tiny, [(4, 4, 2)] if few else [(2, 4, 40), (4, 4, 40), (8, 8, 12)], clock),
-        "discarded": lambda: discarded(tiny, 12 if few else 200),
-        "overhead": lambda: overhead(tiny, 10 if few else 100, clock),
-        "own": lambda: own(1 if few else 4, clock),
-        "learning": lambda: learning(range(1 if few else 5), 20 if few else 100, clock),
+        "throughput": lambda: throughput(bench, rounds({"4x4": 2} if few else {"2x4": 40, "4x4": 40, "8x8": 12})),
+        "discarded": lambda: discarded(bench, 12 if few else 200),
+        "overhead": lambda: overhead(bench, 10 if few else 100),
+        "own": lambda: own(rounds({"4x4": 4}), clock),
+        "learning": lambda: learning(range(1 if few else 5), 20 if few else 150, clock),
     }
     figures: dict[str, Any] = {}
     bars: list[Bar] = []
@@ -335,7 +380,11 @@ def main() -> None:
         figures[name], found = parts[name]()
         bars += found
         print(f"{name}: {time.monotonic() - begin:.0f} s", file=sys.stderr, flush=True)
-    report(figures | {"seconds": "of the CPU, one thread" if args.cpu_time else "wall time"}, bars)
+    if bench.engine is not None:
+        bench.engine.close()
+    report(
+        figures | {"engine": args.engine, "seconds": "of the CPU, one thread" if args.cpu_time else "wall time"}, bars
+    )
 
 
 if __name__ == "__main__":
