@@ -1,8 +1,9 @@
 """Drafts from what siblings wrote: an index per prompt over its group, earlier rollouts, and the sequence itself.
 
-Needs no training. A draft is continued token by token with what followed the longest known context most often, as
-long as the chance that all of it is right, from the acceptance observed for matches of that kind, is worth a place;
-a budget goes to the most likely tokens of all sequences. Memory is bounded by a number of tokens.
+Beside it an index over the completions of all prompts says how answers of a kind go. Needs no training. A draft is
+continued token by token with what followed the longest known context most often, as long as the chance that all of it
+is right, from the acceptance observed for matches of that kind, is worth a place; a budget goes to the most likely
+tokens of all sequences. Memory is bounded by a number of tokens.
 """
 
 from array import array
@@ -11,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from swarm.drafting.base import Drafter, SequenceState, extend_hashes, within_budget
-from swarm.drafting.contexts import NUM_CLASSES, ContextTable
+from swarm.drafting.contexts import NUM_CLASSES, ContextTable, draft
 from swarm.drafting.worth import UNKNOWN, Worth
 
 __all__ = ["SuffixDrafter"]
@@ -40,8 +41,8 @@ class _Prompt:
         newer.num_tokens = sum(len(text) for text, _ in newer.waiting)
         return newer
 
-    def index_waiting(self, prompt_ids: tuple[int, ...]) -> None:
-        """Index a part of what waits."""
+    def index_waiting(self, prompt_ids: tuple[int, ...], common: "_Common") -> None:
+        """Index a part of what waits, here and in what is common."""
         if not self.waiting:
             return
         text, num_indexed = self.waiting.popleft()
@@ -50,10 +51,28 @@ class _Prompt:
         start = len(prompt_ids) + num_indexed
         stop = min(len(tokens), start + _CATCH_UP_TOKENS)
         self.table.insert(tokens, hashes, start, stop)
+        common.insert(tokens, hashes, start, stop)
         if stop == len(tokens):
             self.texts.append(text)
         else:
             self.waiting.appendleft((text, stop - len(prompt_ids)))
+
+
+class _Common:
+    """What the completions of all prompts have in common: those indexed last, a bounded number of tokens."""
+
+    def __init__(self, max_tokens: int) -> None:
+        self.tables = [ContextTable()]  # the newest first; a second one is of what came before it
+        self._max_tokens = max_tokens // 2  # of one table
+        self._num_tokens = 0  # in the newest
+
+    def insert(self, tokens: Sequence[int], hashes: Sequence[int], start: int, stop: int) -> None:
+        """See ContextTable."""
+        self.tables[0].insert(tokens, hashes, start, stop)
+        self._num_tokens += stop - start
+        if self._num_tokens > self._max_tokens:
+            self.tables = [ContextTable(), self.tables[0]]
+            self._num_tokens = 0
 
 
 class SuffixDrafter(Drafter):
@@ -62,8 +81,9 @@ class SuffixDrafter(Drafter):
     name = "suffix"
 
     def __init__(self, *, max_tokens: int = 1 << 17) -> None:
-        """max_tokens: that the index holds, of all prompts."""
+        """max_tokens: that the index of prompts holds, and at most as many the common one."""
         self._max_tokens = max_tokens
+        self._common = _Common(max_tokens)
         self._prompts: OrderedDict[tuple[int, ...], _Prompt] = OrderedDict()  # least recently used first
         self._num_tokens = 0
         self._kept = [_PRIOR_KEPT] * NUM_CLASSES
@@ -73,7 +93,7 @@ class SuffixDrafter(Drafter):
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that the index holds."""
+        """Tokens that the index of prompts holds."""
         return self._num_tokens
 
     def propose(
@@ -83,10 +103,11 @@ class SuffixDrafter(Drafter):
         self._catch_up(states)
         drafts, chances = [], []
         for state in states:
-            draft, chance, classes = self._prompt(state.prompt_ids).table.draft(
-                state.prefix_hashes(), self._rates, min(depth, state.room, budget), worth.least_chance
-            )
-            drafts.append(draft)
+            tokens, chance, classes = draft(
+                (self._prompt(state.prompt_ids).table,), self._common.tables, state.prefix_hashes(), self._rates,
+                min(depth, state.room, budget), worth.least_chance,
+            )  # fmt: skip
+            drafts.append(tokens)
             chances.append(chance)
             self._classes[state.request_id] = classes
         return within_budget(drafts, chances, budget)
@@ -102,10 +123,11 @@ class SuffixDrafter(Drafter):
             start = prompt.indexed.get(state.request_id, num_prompt)
             stop = min(len(state.tokens), start + _CATCH_UP_TOKENS)
             prompt.table.insert(state.tokens, state.prefix_hashes(), start, stop)
+            self._common.insert(state.tokens, state.prefix_hashes(), start, stop)
             prompt.indexed[state.request_id] = stop
             self._grow(prompt, stop - start)
         for prompt_ids in {state.prompt_ids: None for state in states}:
-            self._prompt(prompt_ids).index_waiting(prompt_ids)
+            self._prompt(prompt_ids).index_waiting(prompt_ids, self._common)
         self._trim()
 
     def verified(self, state: SequenceState, draft: Sequence[int], num_kept: int) -> None:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from swarm.drafting.base import SequenceState, extend_hashes
-from swarm.drafting.contexts import NUM_CLASSES, ORDERS, ContextTable
+from swarm.drafting.contexts import NUM_CLASSES, ORDERS, ContextTable, draft
 from swarm.drafting.suffix import SuffixDrafter
 
 PROMPT = tuple(range(50, 60))
@@ -35,7 +35,7 @@ def test_a_table_counts_what_followed(seed):
         text = rng.integers(0, 3, rng.integers(3, 20)).tolist()
         if rng.random() < 0.5:
             text += texts[0][: rng.integers(1, 50)]
-        tokens, chances, classes = table.draft(hashes_of(text), [0.9] * NUM_CLASSES, 6, 0.0)
+        tokens, chances, classes = draft([table], [], hashes_of(text), [0.9] * NUM_CLASSES, 6, 0.0)
         assert chances == pytest.approx([0.9 ** (i + 1) for i in range(len(tokens))])
         for token, kind in zip(tokens, classes, strict=True):
             followers = {}
@@ -72,10 +72,29 @@ def test_finished_siblings_and_rollouts_from_elsewhere_are_followed_after_new_we
     assert drafter.propose([first, other], 9, 99) == [[3, 4, 5], [3, 2, 1]]
 
 
-def test_prompts_are_apart():
-    drafter = SuffixDrafter()
-    drafter.learn(PROMPT, [1, 2, 3, 4, 5])
-    assert drafter.propose([state_of([1, 2, 3], prompt=(50, 51), number=1)], 9, 99) == [[]]
+def test_how_others_went_on_is_followed_until_siblings_know_better():
+    drafter, other = SuffixDrafter(), (50, 51)
+    drafter.observe(state_of([1, 2, 3, 4, 5], number=1))
+    drafter.propose([state_of([], number=2)], 9, 99)  # indexed when its prompt is asked for
+    first = state_of([1, 2], prompt=other, number=3)
+    assert drafter.propose([first], 9, 99) == [[3, 4, 5]]
+    drafter.observe(state_of([1, 2, 8, 9], prompt=other, number=4))
+    for _ in range(40):
+        [found] = drafter.propose([first], 9, 99)
+        drafter.verified(first, found, len(found) if found[0] == 8 else 0)
+    assert drafter.propose([first], 9, 99) == [[8, 9]]
+
+
+def test_what_is_common_is_bounded_and_the_newest_stays():
+    drafter = SuffixDrafter(max_tokens=400)
+    for number in range(60):
+        state = state_of(range(100 * number, 100 * number + 50), prompt=(number, 7), number=number)
+        drafter.propose([state], 4, 99)
+        drafter.observe(state)
+        held = sum(len(level) for table in drafter._common.tables for level in table._levels)
+        assert held <= 3 * (400 + 100)
+    news = [drafter.propose([state_of([at, at + 1], prompt=(9, 9), number=99)], 2, 9)[0] for at in (5910, 5810, 10)]
+    assert news == [[5912, 5913], [5812, 5813], []]
 
 
 def test_long_texts_are_indexed_a_bit_at_a_time_and_all_of_them_in_the_end():
