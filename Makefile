@@ -53,10 +53,13 @@ $(stamp): pyproject.toml .ci/constraints.txt $(wildcard swarm/native/*.[ch])
 demo: setup ## a swarm of three nodes on this machine, with the built-in model `tiny` (about three minutes)
 	$(bin)/swarm-node demo
 
-# Files go in their order, in which many short ones come last: no core waits for a long one at the end.
+# Files go in their order, in which many short ones come last: no core waits for a long one at the end. What needs
+# libp2p comes first, in processes of its own: hivemind cannot be in them.
 test: lint ## lint, type-check, and run all tests, with coverage
+	$(pytest) -n logical --maxprocesses 4 --dist loadfile --durations 5 \
+	    -m 'libp2p and not soak and not alone' --cov --cov-report= $$(grep -rlF mark.libp2p --include='*.py' tests)
 	$(pytest) -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder --durations 15 \
-	    -m 'not soak and not alone' --cov --cov-report=term:skip-covered
+	    -m 'not soak and not alone and not libp2p' --cov --cov-append --cov-report=term:skip-covered
 	$(pytest) -m alone $$(grep -rlF mark.alone --include='*.py' tests)
 
 soak: setup ## run the long survival tests, with the figures of docs/results/survival.md (about an hour)

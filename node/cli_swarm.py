@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 __all__ = ["add_commands"]
 
-_TRANSPORT = click.option("--transport", type=click.Choice(["hivemind"]), help="What carries the bytes.  [hivemind]")
+_TRANSPORT = click.option(
+    "--transport", type=click.Choice(["hivemind", "libp2p"]), help="What carries the bytes.  [hivemind]"
+)
 _NETWORK = [
     click.option("--peers", metavar="MADDR", multiple=True, help="A live node to join through; any one is enough."),
     click.option("--listen", metavar="MADDR", multiple=True, help="Where to listen, or a port.  [free ports]"),

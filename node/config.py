@@ -58,11 +58,14 @@ MAY_CHANGE_ON_RESUME = (
 class NetworkConfig(Section):
     """How other nodes reach this one."""
 
-    transport: Literal["hivemind"] = Field("hivemind", description="what carries the bytes; one for a whole swarm")
+    transport: Literal["hivemind", "libp2p"] = Field(
+        "hivemind", description="what carries the bytes; nodes of the two meet over a bridge alone"
+    )
     listen: tuple[str, ...] = Field(
         (), description="multiaddresses to listen on; empty: TCP on a free port, which is kept"
     )
     announce: tuple[str, ...] = Field((), description="multiaddresses that others are told, where they differ")
+    mdns: bool = Field(True, description="whether nodes of the local network find this one and are found (libp2p)")
     relay: bool = Field(
         True, description="whether peers are asked through relays, and others relayed where this node can be reached"
     )
@@ -78,6 +81,8 @@ class NetworkConfig(Section):
 
     @model_validator(mode="after")
     def _fit_together(self) -> Self:
+        if self.transport == "libp2p" and self.auto_relay:
+            raise ValueError("network.auto_relay is hivemind's: with network.transport=libp2p set it to false")
         if self.trusted_relays and not self.auto_relay:
             raise ValueError("network.trusted_relays are for network.auto_relay: set it to true")
         if self.auto_relay and not self.relay:

@@ -10,7 +10,7 @@ import shlex
 from typing import TYPE_CHECKING
 
 from node.addresses import best_address
-from node.config import RunConfig
+from node.config import NetworkConfig, RunConfig
 from node.display import Display
 from node.membership import about_trainer, member_settings
 from node.run_folder import RunFolder, write_atomically
@@ -23,6 +23,7 @@ from protocol.shards import record_validator
 from protocol.transport.base import Transport, TransportError
 from protocol.transport.hivemind import HivemindTransport
 from protocol.transport.hivemind_settings import HivemindSettings
+from protocol.transport.libp2p import Libp2pSettings, Libp2pTransport
 from protocol.transport.ports import choose_ports
 
 if TYPE_CHECKING:
@@ -42,9 +43,11 @@ _PORT = re.compile(r"(tcp|udp)/\d+(?:/quic-v1)?")
 
 def join_line(member: Member) -> str:
     """Return the command by which others join through this node."""
-    swarm_id = member.config.swarm_id
     parts = ["swarm-node", "join", "--peers", best_address(member.addresses)]
-    return shlex.join(parts if swarm_id == "main" else [*parts, "--swarm-id", swarm_id])
+    if member.config.swarm_id != "main":
+        parts += ["--swarm-id", member.config.swarm_id]
+    transport = member.local.transport.name
+    return shlex.join(parts if transport == "hivemind" else [*parts, "--transport", transport])
 
 
 def make_swarm_exchange(config: RunConfig, folder: RunFolder, display: Display) -> "Exchange":
@@ -97,9 +100,19 @@ async def last_listen(folder: RunFolder) -> tuple[str, ...]:
 
 def make_transport(config: RunConfig, identity: Identity, listen: tuple[str, ...] = ()) -> Transport:
     """Make the transport that the settings name. `listen` goes before the settings."""
-    network = config.network
-    settings = HivemindSettings(
-        listen=listen or network.listen or _LISTEN,
+    network, validator = config.network, record_validator(config.swarm.swarm_id)
+    listen = listen or network.listen or _LISTEN
+    if network.transport == "libp2p":
+        settings = Libp2pSettings(
+            swarm_id=config.swarm.swarm_id, listen=listen, announce=network.announce, mdns=network.mdns
+        )
+        return Libp2pTransport(identity, validator, settings)
+    return HivemindTransport(identity, validator, _hivemind_settings(network, listen))
+
+
+def _hivemind_settings(network: NetworkConfig, listen: tuple[str, ...]) -> HivemindSettings:
+    return HivemindSettings(
+        listen=listen,
         announce=network.announce,
         relay=network.relay,
         auto_relay=network.auto_relay,
@@ -108,7 +121,6 @@ def make_transport(config: RunConfig, identity: Identity, listen: tuple[str, ...
         auto_nat=network.auto_nat,
         force_reachability=None if network.reachability == "auto" else network.reachability,
     )
-    return HivemindTransport(identity, record_validator(config.swarm.swarm_id), settings)
 
 
 def started(member: Member, folder: RunFolder, note: "Callable[[str], None]") -> None:

@@ -162,6 +162,8 @@ def _add_swarm(table: Table, swarm: Mapping[str, Any], training: Mapping[str, An
         f"{swarm['batches_admitted']:,} admitted, {swarm['batches_relayed']:,} relayed, "
         f"{swarm['announcements_duplicate']:,} heard twice",
     )
+    for topic in swarm["transport_details"].get("topics", ()):
+        _add_topic(table, topic)
     if training is None:
         return
     table.add_row(
@@ -182,6 +184,20 @@ def _add_swarm(table: Table, swarm: Mapping[str, Any], training: Mapping[str, An
         refused = "  ".join(f"{name} {count:,}" for name, count in swarm["refusals"].items())
         table.add_row("refused", f"{swarm['num_rejected']:,} held against somebody, {swarm['num_ignored']:,} not")
         table.add_row("", refused)
+
+
+def _add_topic(table: Table, topic: Mapping[str, Any]) -> None:
+    """Show a topic of GossipSub: the mesh, what its peers are worth, and what became of messages."""
+    scores, messages = sorted(topic["scores"].values()), topic["messages"]
+    num_bad = sum(score < 0 for score in scores)
+    worth = f", scores {scores[0]:+.1f} to {scores[-1]:+.1f}, {num_bad} below zero" if scores else ""
+    table.add_row("mesh", f"{topic['mesh_size']} of {len(scores)} peers of the topic{worth}")
+    table.add_row(
+        "",
+        f"{messages.get('sent', 0):,} messages sent, {messages.get('accept', 0):,} accepted and passed on, "
+        f"{messages.get('duplicate', 0):,} heard twice, {messages.get('ignore', 0):,} ignored, "
+        f"{messages.get('reject', 0):,} rejected",
+    )
 
 
 def _add_bridge(table: Table, bridge: Mapping[str, Any]) -> None:

@@ -24,9 +24,12 @@ from protocol.refusals import Reason, Refusal
 from protocol.signing import verify_announcement
 from protocol.wire import decode_announcement, decode_frame
 
-__all__ = ["Admission", "Rescore", "Rescored", "Verdict", "content_digest"]
+__all__ = ["TELLERS_FAULT", "Admission", "Rescore", "Rescored", "Verdict", "content_digest"]
 
 Verdict = Literal["scored", "unknown_task", "held_out", "unencodable", "too_long", "invalid"]
+
+# Why an announcement is refused that no honest node passes on: what its author has signed is the author's fault.
+TELLERS_FAULT = frozenset(reason for reason in Reason if reason.penalised and reason is not Reason.CONFLICT)
 
 _REASONS: dict[str, Reason] = {
     "unknown_task": Reason.UNKNOWN_TASK,
@@ -76,8 +79,8 @@ class Admission:
         self._seen: OrderedDict[bytes, float] = OrderedDict()  # content -> when, unix seconds
         self._unknown_in_a_row: OrderedDict[str, int] = OrderedDict()  # by author: groups of sources not known here
 
-    def announcement(self, encoded: bytes, teller: str, *, asked: bool, is_counted: bool = False) -> LiveBatch | None:
-        """Check one announcement; return its batch, be it new or known, or None where it is refused.
+    def announcement(self, encoded: bytes, teller: str, *, asked: bool, is_counted: bool = False) -> LiveBatch | Reason:
+        """Check one announcement; return its batch, be it new or known, or why it is refused.
 
         `asked` says that this node asked for it, so that it does not count against what the teller may push;
         `is_counted` that it has been counted against what newcomers may, on the other side of a bridge.
@@ -102,7 +105,7 @@ class Admission:
             verify_announcement(local.config.swarm_id, announcement)
         except Refusal as refusal:
             local.refuse(refusal.reason, blame=teller)
-            return None
+            return refusal.reason
         created_at_s = announcement.created_at_ms / 1000
         reason = self._announcements.check(announcement)
         if reason is None and created_at_s > now_s + MAX_FUTURE_SKEW_S:
@@ -111,7 +114,7 @@ class Admission:
             reason = Reason.STALE
         if reason is not None:
             local.refuse(reason, blame=announcement.author)
-            return None
+            return reason
         local.counters.batches_heard += 1
         return self._announcements.add(announcement, teller, now_s)
 

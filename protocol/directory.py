@@ -16,10 +16,11 @@ from dataclasses import dataclass
 
 from protocol.messages import NodeRecord
 
-__all__ = ["GIVEN", "MAX_TOLD_AGE_S", "REMEMBERED", "Directory", "KnownNode"]
+__all__ = ["GIVEN", "MAX_TOLD_AGE_S", "NEARBY", "REMEMBERED", "Directory", "KnownNode"]
 
 MAX_TOLD_AGE_S = 1200.0  # an older record is told to nobody, and believed of nobody
 GIVEN = "given"  # a source: addresses that a person typed
+NEARBY = "nearby"  # a source: what the transport found on the local network
 REMEMBERED = "remembered"  # a source: this node's own disk
 _DHT = "dht"  # a root, of all sources that are shards
 _CAME = "came"  # a root: nodes that have connected to this one
@@ -34,8 +35,8 @@ class KnownNode:
     """One node, and what became of trying to reach it."""
 
     record: NodeRecord
-    root: str  # GIVEN, REMEMBERED, _DHT, _CAME, or a peer that was not known itself
-    sources: list[str]  # GIVEN, REMEMBERED, "dht/<salt>", or node ids of peers that told of it; the first told first
+    root: str  # GIVEN, NEARBY, REMEMBERED, _DHT, _CAME, or a peer that was not known itself
+    sources: list[str]  # GIVEN, NEARBY, REMEMBERED, "dht/<salt>", or node ids of who told of it; the first told first
     heard_at_s: float  # unix seconds: when a record of it came last
     reached_at_s: float | None = None  # when it answered last
     num_failures: int = 0  # in a row

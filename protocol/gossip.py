@@ -17,7 +17,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from protocol.admission import Admission
+from protocol.admission import TELLERS_FAULT, Admission
 from protocol.announcements import Announcements, LiveBatch
 from protocol.bloom import in_bloom, repair_request
 from protocol.limits import (
@@ -34,20 +34,23 @@ from protocol.refusals import Reason, Refusal
 from protocol.requests import (
     AnnounceRequest,
     AnnounceResponse,
+    Broadcast,
     Offer,
     RepairResponse,
     decode_announce_request,
     decode_announce_response,
+    decode_broadcast,
     decode_repair_request,
     decode_repair_response,
     encode_announce_request,
     encode_announce_response,
+    encode_broadcast,
     encode_repair_request,
     encode_repair_response,
     fitting_offers,
 )
 from protocol.store import FrameStore
-from protocol.transport.base import RequestRefused, TransportError
+from protocol.transport.base import Judgement, RequestRefused, TransportError
 
 __all__ = ["Appetite", "Gossip"]
 
@@ -144,6 +147,7 @@ class Gossip:
         self._fresh_links: list[str] = []  # neighbours that were not asked yet
         self._repairs = Quotas(0.5, 16, 1024)
         neighbours.on_link.append(self._linked)
+        local.transport.hear(self._judge)
         local.transport.handle("announce", self._handle_announce, max_request_bytes=MAX_ANNOUNCE_REQUEST_BYTES)
         local.transport.handle("repair", self._handle_repair, max_request_bytes=MAX_REPAIR_REQUEST_BYTES)
 
@@ -153,7 +157,13 @@ class Gossip:
         self._local.tasks.spawn(self._ping_loop(), "ping")
 
     def announce(self, batch: LiveBatch) -> None:
-        """Tell a few neighbours of a batch that comes from here; where all have enough, one of them nevertheless."""
+        """Tell a few neighbours of a batch that comes from here; where all have enough, one of them nevertheless.
+
+        Where the transport has broadcasts, everybody is told.
+        """
+        if self._local.transport.broadcasts:
+            self._local.tasks.spawn(self._broadcast(batch), "broadcast")
+            return
         now_s, config = self._local.clock(), self._local.config
         links = list(self._neighbours.ids.values())
         chosen = self._choose([link for link in links if link.quiet_until_s <= now_s], config.announce_fanout)
@@ -242,6 +252,34 @@ class Gossip:
         local.counters.announcements_sent += len(offers)
         return True
 
+    async def _broadcast(self, batch: LiveBatch) -> None:
+        """Tell everybody. Whom it does not reach asks for it (`_repair_loop`)."""
+        message = encode_broadcast(Broadcast(batch.announcement.encoded, self._local.node_id))
+        try:
+            await self._local.transport.broadcast(message)
+        except TransportError:
+            self._local.counters.requests_failed += 1
+        else:
+            self._local.counters.announcements_sent += 1
+
+    def _judge(self, teller: str, message: bytes) -> Judgement:
+        """Take a batch that was broadcast: passed on if it is news, held against who told it if no honest node does."""
+        local = self._local
+        if local.reputation.is_banned(teller, local.clock()):
+            local.refuse(Reason.BANNED)
+            return Judgement.IGNORE
+        try:
+            broadcast = decode_broadcast(message)
+        except Refusal as refusal:
+            local.refuse(refusal.reason, blame=teller)
+            return Judgement.REJECT if refusal.reason.penalised else Judgement.IGNORE
+        # What one neighbour may push is for announcements to it alone: everybody's come through few, and are scored.
+        reason = self._take_one(broadcast.encoded, teller, broadcast.holder, -1, asked=True)
+        if reason is None:
+            self.on_news()
+            return Judgement.ACCEPT
+        return Judgement.REJECT if reason in TELLERS_FAULT else Judgement.IGNORE
+
     def _offers(self, roots: list[bytes]) -> list[Offer]:
         found = []
         for root in roots:
@@ -252,21 +290,26 @@ class Gossip:
 
     def _take(self, offers: tuple[Offer, ...], teller: str, *, asked: bool) -> int:
         """Take offers from a peer; return how many were new."""
-        num_before, config = self._local.counters.batches_heard, self._local.config
-        for offer in offers:
-            heard = self._local.counters.batches_heard
-            batch = self._admission.announcement(offer.encoded, teller, asked=asked)
-            if batch is None:
-                continue
-            self._announcements.hold(batch, teller, offer.held)
-            self.on_offer(batch, teller, offer.held & batch.all_frames)
-            if self._local.counters.batches_heard > heard:
-                if self.is_wanted(batch.author):
-                    self.appetite.heard(batch.author, len(batch.announcement.frame_sizes), self._local.clock())
-                if self._relays_unscored and config.relay_fanout:
-                    self.relay(batch)
+        outcomes = [self._take_one(offer.encoded, teller, teller, offer.held, asked=asked) for offer in offers]
         self.on_news()
-        return self._local.counters.batches_heard - num_before
+        return outcomes.count(None)
+
+    def _take_one(self, encoded: bytes, teller: str, holder: str, held: int, *, asked: bool) -> Reason | None:
+        """Take one announcement, and who holds which frames (a mask); return why it is no news, None if it is."""
+        num_before = self._local.counters.batches_heard
+        batch = self._admission.announcement(encoded, teller, asked=asked)
+        if isinstance(batch, Reason):
+            return batch
+        held &= batch.all_frames if holder != self._local.node_id else 0  # nobody else knows what this node holds
+        self._announcements.hold(batch, holder, held)
+        self.on_offer(batch, holder, held)
+        if self._local.counters.batches_heard == num_before:
+            return Reason.DUPLICATE
+        if self.is_wanted(batch.author):
+            self.appetite.heard(batch.author, len(batch.announcement.frame_sizes), self._local.clock())
+        if self._relays_unscored and self._local.config.relay_fanout and not self._local.transport.broadcasts:
+            self.relay(batch)
+        return None
 
     async def _handle_announce(self, asker: str, payload: bytes) -> bytes:
         """Hear what a neighbour has; strangers are not heard."""

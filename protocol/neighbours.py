@@ -7,6 +7,7 @@
     return     lost neighbours are tried again for a while, whether they are missing or not: that is what mends a
                partition of the network, on both sides of which everybody has found enough neighbours
     join       while there is no neighbour at all: every given and remembered address, again and again
+    nearby     what the transport finds on the local network is tried at once
 
 Whom to try is `directory`'s to say. What neighbours are told is `gossip`'s.
 """
@@ -18,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from protocol.clocks import ClockOffsets
-from protocol.directory import GIVEN, Directory
+from protocol.directory import GIVEN, NEARBY, Directory
 from protocol.greeting import check_hello
 from protocol.limits import MAX_HELLO_BYTES
 from protocol.local import Local
@@ -40,6 +41,8 @@ BALANCE_S = 20.0  # how often it is looked whether one root has named too many o
 MAX_LOST = 8  # neighbours that are tried again, those lost last
 LOST_RETRY_S = 10.0
 LOST_FOR_S = 900.0
+MAX_NEARBY = 64
+NEARBY_RETRY_S = 10.0  # until addresses nearby that did not answer are tried again
 _NUM_DIALS = 3  # at one time
 
 
@@ -77,8 +80,11 @@ class Neighbours:
         self._greeted: set[str] = set()  # peers whose answer to a hello is under way
         self._wake = asyncio.Event()
         self._backoff_s, self._next_join_s, self._rotate_at_s = TICK_S, 0.0, 0.0
+        self._next_nearby_s = 0.0
         self.given: dict[str, str] = {}  # address that a person typed -> what came of it last
+        self._nearby: dict[str, None] = {}  # addresses that the transport has found, not linked yet; the oldest first
         self.on_link: list[Callable[[Neighbour], None]] = []
+        local.transport.on_found = self._found_nearby
         local.on_ban.append(self._ban)
         local.transport.handle("hello", self._handle_hello, max_request_bytes=MAX_HELLO_BYTES)
 
@@ -144,6 +150,9 @@ class Neighbours:
             self._drop_silent(now_s)
             if not self._links and now_s >= self._next_join_s:
                 await self._join()
+            if self._nearby and (now_s >= self._next_nearby_s or not self._links):
+                self._next_nearby_s = now_s + NEARBY_RETRY_S
+                await self._join_nearby()
             self._retry_lost(now_s)
             missing = config.num_outbound - len(self.outbound())
             if now_s >= self._rotate_at_s or self._is_unbalanced(now_s):
@@ -158,6 +167,29 @@ class Neighbours:
                 await asyncio.sleep(TICK_S / 10)  # what wakes it comes in swarms
             except TimeoutError:
                 continue
+
+    def _found_nearby(self, address: str) -> None:
+        """Try an address that the transport has found by itself, soon."""
+        if address in self._local.transport.addresses:
+            return
+        self._nearby[address] = None
+        if len(self._nearby) > MAX_NEARBY:
+            del self._nearby[next(iter(self._nearby))]
+        self._next_join_s = 0.0
+        self._wake.set()
+
+    async def _join_nearby(self) -> None:
+        """Try every address that was found, once more while it does not answer and nobody is a neighbour."""
+        for address in list(self._nearby):
+            try:
+                node_id = await self._local.transport.connect(address, timeout_s=self._local.config.request_timeout_s)
+                if node_id not in self._links:
+                    await self._greet(node_id, NEARBY)
+            except TransportError:
+                continue
+            except ValueError:  # no address: whoever is on this network may say anything
+                pass
+            self._nearby.pop(address, None)
 
     async def _join(self) -> None:
         """Try every address that was given, and what the directory has is tried after it."""

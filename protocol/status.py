@@ -55,6 +55,7 @@ def status_of(member: "Member") -> dict[str, Any]:
         "requests_out": traffic.num_requests_out,
         "requests_failed": counters.requests_failed,
         "transport_restarts": traffic.num_restarts,
+        "transport_details": local.transport.details(),
         **_counted(counters),
         "authors_sampled": len(set(counters.authors_sampled)),
         "announcements_duplicate": local.refusals[Reason.DUPLICATE],

@@ -73,7 +73,7 @@ class BridgeSide:
 
     def __init__(self, member: Member, store: BridgeStore, channel: Channel) -> None:
         self.member, self._local, self._store, self._channel = member, member.local, store, channel
-        self._fetching = Fetching(member.local, store, member.admission, member.pulling, member.neighbours)
+        self.fetching = Fetching(member.local, store, member.admission, member.pulling, member.neighbours)
         self._records = FarRecords(member.local, member.directory)
         self._sources: dict[bytes, Sources] = {}  # by root: of batches that were heard of here first
         self._unsaid: dict[bytes, None] = {}  # of these, those that the other side is to be told of
@@ -115,8 +115,8 @@ class BridgeSide:
             "batches_offered": self._num_offered,
             "batches_taken": self._num_taken,
             "batches_known": self._num_known,
-            "frames_fetched": self._fetching.num_fetched,
-            "frames_missed": self._fetching.num_missed,
+            "frames_fetched": self.fetching.num_fetched,
+            "frames_missed": self.fetching.num_missed,
             "frames_brought": self._num_brought,
             "bytes_brought": self._num_bytes_brought,
             "batches_to_give": self._store.num_claims,
@@ -199,7 +199,7 @@ class BridgeSide:
         batch, sources = self.member.announcements.get(request.root), self._sources.get(request.root)
         if batch is None or sources is None:
             raise RequestRefused(Reason.NOT_HELD)
-        await self._fetching.bring(batch, sources, request.numbers)
+        await self.fetching.bring(batch, sources, request.numbers)
         held = self._store.get(request.root)
         if held is None:
             raise RequestRefused(_NOT_HERE)
@@ -218,7 +218,7 @@ class BridgeSide:
         member, local = self.member, self._local
         num_before = local.counters.batches_heard
         batch = member.admission.announcement(offer.encoded, local.node_id, asked=True, is_counted=True)
-        if batch is None:
+        if isinstance(batch, Reason):
             return
         is_new = local.counters.batches_heard > num_before
         if not is_new and not self._store.claimed(batch.root):

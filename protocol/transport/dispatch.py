@@ -35,18 +35,18 @@ class _Places:
     def __init__(self, max_requests: int, max_requests_per_asker: int) -> None:
         self._max_requests, self._max_requests_per_asker = max_requests, max_requests_per_asker
         self._num_under_way: Counter[str] = Counter()  # by asker
-        self._num_all = 0
+        self.num_all = 0
 
     def take(self, asker: str) -> None:
         """Take a place. Raises RequestRefused where there is none."""
-        if self._num_all >= self._max_requests or self._num_under_way[asker] >= self._max_requests_per_asker:
+        if self.num_all >= self._max_requests or self._num_under_way[asker] >= self._max_requests_per_asker:
             raise RequestRefused(BUSY, "too many requests at one time; ask again later")
-        self._num_all += 1
+        self.num_all += 1
         self._num_under_way[asker] += 1
 
     def give_back(self, asker: str) -> None:
         """Give a place back."""
-        self._num_all -= 1
+        self.num_all -= 1
         self._num_under_way[asker] -= 1
         if not self._num_under_way[asker]:
             del self._num_under_way[asker]
@@ -63,6 +63,11 @@ class Dispatcher:
         self._places_apart = _Places(MAX_REQUESTS, MAX_REQUESTS_PER_ASKER)
         self.failure: BaseException | None = None  # the first bug in a handler
         self._failed = asyncio.Event()
+
+    @property
+    def num_under_way(self) -> int:
+        """Requests that are handled now, without those apart."""
+        return self._places.num_all
 
     def handle(self, name: str, handler: Handler, max_request_bytes: int, *, apart: bool = False) -> None:
         """Register a handler. Requests that are handled `apart`, the transport's own, take no place from the others."""

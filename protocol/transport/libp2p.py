@@ -11,6 +11,7 @@ one name. What peers send that it does not withstand is told where it is worked 
 """
 
 import asyncio
+import contextlib
 import hashlib
 import sys
 from collections import Counter
@@ -27,6 +28,7 @@ from protocol.transport.base import (
     NotConnected,
     RecordValidator,
     Traffic,
+    TransportDown,
     TransportError,
 )
 from protocol.transport.dispatch import MAX_REQUESTS, MAX_REQUESTS_PER_ASKER
@@ -135,7 +137,7 @@ class Libp2pTransport(SupervisedTransport):
         """Return the state of the mesh, the scores, and what became of messages."""
         network = self._local_network
         return {
-            **self._topic_status,
+            "topics": [self._topic_status] if self._topic_status else [],
             "nearby_found": 0 if network is None else network.num_found,
             "nearby_problem": None if network is None else network.problem,
         }
@@ -252,5 +254,18 @@ class Libp2pTransport(SupervisedTransport):
         while True:
             session = self._session
             if session is not None:
-                self._topic_status = await self._host_of(session).topic_status()
+                try:
+                    status = await self._host_of(session).topic_status()
+                except TransportDown:  # a new one comes
+                    status = {}
+                self._topic_status = status and {"topic": self._topic, **_with_node_ids(status)}
             await asyncio.sleep(STATUS_S)
+
+
+def _with_node_ids(status: dict[str, Any]) -> dict[str, Any]:
+    """Return what the topic says of its peers as plain data, by node id; peers that are no nodes are left out."""
+    scores = {}
+    for peer, score in status["scores"].items():
+        with contextlib.suppress(IdentityError):
+            scores[node_id_of_peer_bytes(peer)] = round(score, 3)
+    return {"mesh_size": len(status["mesh"]), "scores": scores, "messages": status["counts"]}

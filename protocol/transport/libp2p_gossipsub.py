@@ -73,6 +73,7 @@ class Router(GossipSub):  # type: ignore[misc]  # libp2p has no types that mypy 
         self.mcache = _Cache(3, 5)
         self.num_dropped = 0  # messages that a peer's queue had no room for
         self._num_ids = Counter[ID]()  # in this heartbeat
+        self.num_useless = Counter[ID]()  # messages of a peer that were no news, in this heartbeat
         self._given = Counter[tuple[ID, bytes]]()  # in this and the last few
         self._promises: dict[tuple[ID, bytes], float] = {}  # by when
         self._num_heartbeats = 0
@@ -148,6 +149,7 @@ class Router(GossipSub):  # type: ignore[misc]  # libp2p has no types that mypy 
     def _note_heartbeat(self) -> None:
         self._num_heartbeats += 1
         self._num_ids.clear()
+        self.num_useless.clear()
         if self._num_heartbeats % 5 == 0:
             self._given.clear()
         now_s = trio.current_time()

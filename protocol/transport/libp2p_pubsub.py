@@ -33,6 +33,9 @@ __all__ = ["Topic"]
 MAX_RPC_BYTES = 64 * 1024
 MAX_SUBSCRIPTIONS = 16  # in one message
 MAX_CHANGES = 20.0  # of one peer's subscriptions, which fade by one a second
+MAX_USELESS_PER_HEARTBEAT = 256  # of one peer: duplicates, and what is ignored, which counts for more
+IGNORED = 8
+USELESS = 0.5  # of the penalty for bad behaviour, for each beyond
 MAX_SEEN = 16_384
 MAX_REJECTED = 1024
 
@@ -158,6 +161,7 @@ class Topic(Pubsub):  # type: ignore[misc]  # libp2p has no types that mypy can 
         self.router.keep_promise(mid)
         if self.seen_messages.has(mid):
             self.counts["duplicate"] += 1
+            self._note_useless(msg_forwarder, 1)
             return
         if self._is_malformed(msg) or self._rejected.has(mid):
             self._reject(msg_forwarder, mid)
@@ -168,9 +172,17 @@ class Topic(Pubsub):  # type: ignore[misc]  # libp2p has no types that mypy can 
             self._reject(msg_forwarder, mid)
             return
         self.counts[judgement.value] += 1
-        if judgement is Judgement.ACCEPT:
+        if judgement is Judgement.IGNORE:
+            self._note_useless(msg_forwarder, IGNORED)
+        else:
             scorer.on_first_delivery(msg_forwarder, self._topic)
             await self.router.publish(msg_forwarder, msg)
+
+    def _note_useless(self, peer: ID, weight: int) -> None:
+        """Count what is no news and nobody's fault: few of it are a mesh at work, very many a flood."""
+        num = self.router.num_useless[peer] = self.router.num_useless[peer] + weight
+        if num > MAX_USELESS_PER_HEARTBEAT:
+            self.router.scorer.penalize(peer, USELESS)
 
     @staticmethod
     def _is_malformed(msg: Any) -> bool:

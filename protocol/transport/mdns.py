@@ -11,6 +11,7 @@ same package (`zeroconf`) in the node's own loop.
 
 import asyncio
 import hashlib
+import ipaddress
 import random
 import string
 from collections import OrderedDict
@@ -81,8 +82,15 @@ class LocalNetwork:
                 properties[key] = value
         if len(properties) == 1 and addresses:  # a machine without a network has itself
             properties[b"dnsaddr"] = addresses[0].encode()
-        host = f"{self._name.split('.', 1)[0]}.local."
-        return AsyncServiceInfo(SERVICE, self._name, port=NO_PORT, properties=properties, server=host)
+        hosts = list(dict.fromkeys(address.split("/")[2] for address in addresses))
+        return AsyncServiceInfo(
+            SERVICE,
+            self._name,
+            port=NO_PORT,
+            properties=properties,
+            server=f"{self._name.split('.', 1)[0]}.local.",
+            parsed_addresses=[host for host in hosts if _is_ip(host)],  # what is asked for is not whole without one
+        )
 
     def _changed(self, zeroconf: Any, service_type: str, name: str, state_change: ServiceStateChange) -> None:
         if state_change is ServiceStateChange.Removed or name == self._name or len(self._looking) >= MAX_LOOKING:
@@ -94,8 +102,7 @@ class LocalNetwork:
     async def _look(self, zeroconf: Any, name: str) -> None:
         """Ask for the records of a service, and tell of the addresses in them."""
         info = AsyncServiceInfo(SERVICE, name)
-        if not await info.async_request(zeroconf, ASK_TIMEOUT_S * 1000):
-            return
+        await info.async_request(zeroconf, ASK_TIMEOUT_S * 1000)  # the TXT record may come and others not
         properties: dict[bytes, bytes | None] = info.properties
         if properties.get(b"swarm") != self._swarm:
             return
@@ -108,3 +115,11 @@ class LocalNetwork:
             if len(self._found) > MAX_FOUND:
                 self._found.popitem(last=False)
             self._tell(address)
+
+
+def _is_ip(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:  # a name, that the user has announced
+        return False
+    return True

@@ -238,7 +238,7 @@ def test_requests_under_way_fail_when_the_daemon_is_killed(tmp_path):
             asyncio.create_task(a.request(b.node_id, "stuck", b"", max_response_bytes=0, timeout_s=30)) for _ in "123"
         ]
         async with asyncio.timeout(10):
-            while b._dispatcher._num_all < 3:  # noqa: ASYNC110
+            while b._dispatcher.num_under_way < 3:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
         killed_at = time.monotonic()
         os.kill(a._session.daemon._child.pid, signal.SIGKILL)

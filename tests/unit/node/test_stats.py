@@ -38,6 +38,7 @@ SWARM = dict.fromkeys(COUNTERS.split(), 5) | {
     "swarm_id": "main",
     "state": "joined",
     "transport": "hivemind",
+    "transport_details": {},
     "addresses": ["/ip4/127.0.0.1/tcp/1/p2p/x", "/ip4/192.0.2.7/udp/1/quic-v1/p2p/x", "/ip4/192.0.2.7/tcp/1/p2p/x"],
     "num_peers": 1,
     "num_outbound": 1,

@@ -47,7 +47,7 @@ class Link:
     @property
     def num_held(self):
         """What is under way on either side, and what is held for it."""
-        places = self.dispatcher._num_all + self.space._num_all
+        places = self.dispatcher.num_under_way + self.space._num_all
         return len(self.asker._open) + len(self.answerer._open) + len(self.answerer._tasks) + places
 
     async def close(self):

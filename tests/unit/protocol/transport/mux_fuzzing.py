@@ -143,7 +143,7 @@ async def attack_answerer(num, rng):
             await asyncio.sleep(0)
         reader.feed_eof()
         await running
-        assert space._num_all == dispatcher._num_all == 0
+        assert space._num_all == dispatcher.num_under_way == 0
     return {"frames": num_frames, "requests": tally.num_requests_in, **tally.broken}
 
 

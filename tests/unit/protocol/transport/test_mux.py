@@ -439,7 +439,7 @@ def test_too_many_requests_at_one_time_end_the_stream(link, stream_pair):
             await reader.read()
             await running
             assert one.answerer_tally.broken == {"too_many_requests": 1}
-            assert one.dispatcher._num_all == 0
+            assert one.dispatcher.num_under_way == 0
 
     run(main)
 

@@ -57,7 +57,7 @@ class Nodes:
         for streams, dispatcher in zip(self.streams.values(), self.dispatchers.values(), strict=True):
             assert not streams._tasks
             assert streams.num_taken == 0
-            assert dispatcher._num_all == 0
+            assert dispatcher.num_under_way == 0
             assert dispatcher.failure is None
 
 
@@ -142,7 +142,7 @@ async def test_a_stream_that_the_peer_closes_costs_no_request(nodes, until, monk
 @in_nodes()
 async def test_ending_a_peer_fails_what_it_was_asked_and_what_it_asks(nodes, until, monkeypatch):
     asking = [asyncio.create_task(nodes.ask(name="stuck")), asyncio.create_task(nodes.ask("a", "stuck", me="b"))]
-    await until(lambda: all(dispatcher._num_all == 1 for dispatcher in nodes.dispatchers.values()))
+    await until(lambda: all(dispatcher.num_under_way == 1 for dispatcher in nodes.dispatchers.values()))
     nodes.streams["a"].end_peer("b")
     outcomes = await asyncio.gather(*asking, return_exceptions=True)
     assert [type(outcome) for outcome in outcomes] == [PeerUnreachable] * 2
@@ -159,7 +159,7 @@ async def test_ending_a_peer_fails_what_it_was_asked_and_what_it_asks(nodes, unt
 async def test_streams_that_are_idle_for_long_are_closed(nodes, until, monkeypatch):
     monkeypatch.setattr(peer_streams, "IDLE_S", 0.1)
     asking = asyncio.create_task(nodes.ask(name="stuck"))
-    await until(lambda: nodes.dispatchers["b"]._num_all == 1)
+    await until(lambda: nodes.dispatchers["b"].num_under_way == 1)
     await asyncio.sleep(0.15)
     nodes.streams["a"]._close_idle_own(0, peer_streams.IDLE_S)
     assert nodes.streams["a"].num_own == 1  # it is needed
@@ -189,13 +189,13 @@ async def test_of_too_many_own_streams_the_one_that_was_idle_longest_is_closed(n
 async def test_of_too_many_streams_of_peers_the_one_that_was_idle_longest_is_closed(nodes, until, monkeypatch):
     monkeypatch.setattr(peer_streams, "MAX_STREAMS", 2)
     stuck = asyncio.create_task(nodes.ask("a", "stuck", me="b"))
-    await until(lambda: nodes.dispatchers["a"]._num_all == 1)
+    await until(lambda: nodes.dispatchers["a"].num_under_way == 1)
     for me in "cdef":
         assert await nodes.ask("a", me=me) == me.encode() + b"!"
         await until(lambda: nodes.streams["a"].num_taken <= 2)
     assert [answerer.asker for answerer in nodes.streams["a"]._answerers] == ["b", "f"]
     late = asyncio.create_task(nodes.ask("a", "stuck", me="f"))
-    await until(lambda: nodes.dispatchers["a"]._num_all == 2)
+    await until(lambda: nodes.dispatchers["a"].num_under_way == 2)
     with pytest.raises(PeerUnreachable):  # nobody is idle
         await nodes.ask("a", me="c")
     assert nodes.tallies["a"].broken == {"too_many_streams": 1}
