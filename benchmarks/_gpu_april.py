@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from _gpu import free, make_model, wait
-from april import EnforcedEngine, tail_length
+from april import enforce, tail_length
 from harness import Bar
 
 from protocol.messages import TaskRef
 from swarm.config import EngineConfig, RolloutConfig
+from swarm.engine.torch import TorchEngine
 from swarm.rollout.collector import RolloutCollector
 from swarm.rollout.partial import PartialRollouts
 from swarm.types import Task
@@ -49,10 +50,10 @@ def _rounds(model: Any, args: argparse.Namespace, schedule: str) -> dict[str, fl
     """Write rounds one way; return what they took and how busy slots were."""
     slots = args.april_groups * _COMPLETIONS
     longest = max(map(tail_length, range(10_000)))
-    engine = EnforcedEngine(
+    engine = TorchEngine(
         model, eos_token_ids=(), config=EngineConfig(max_slots=slots), max_seq_len=args.prompt_len + longest
     )
-    engine.length = tail_length
+    enforce(engine, tail_length)
     config = RolloutConfig(num_completions=_COMPLETIONS, max_new_tokens=longest, schedule=schedule)  # type: ignore[arg-type]
     asked: Any = Asked(model.config.vocab_size, args.prompt_len)
     rollouts: RolloutCollector

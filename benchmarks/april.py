@@ -62,7 +62,7 @@ def tail_length(seed: int) -> int:
     return min(_CAP, max(1, round(_MEDIAN * math.exp(_SIGMA * random.Random(seed).gauss(0.0, 1.0)))))
 
 
-def _enforce(engine: Engine, length: Callable[[int], int]) -> None:
+def enforce(engine: Engine, length: Callable[[int], int]) -> None:
     """Let an engine write as many tokens for a request as `length(seed)` says."""
     submit = partial(type(engine).submit, engine)
 
@@ -141,7 +141,7 @@ class Bench:
             max_seq_len=config.max_new_tokens + _MAX_PROMPT,
         )  # fmt: skip
         if length is not None:
-            _enforce(engine, length)
+            enforce(engine, length)
         if self.engine is not None:
             engine.load_policy(state, 0)
         trainer = None

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from april import EnforcedEngine, tail_length
+from april import enforce, tail_length
 from harness import Bar, report
 from warm_start import MAX_NEW_TOKENS, TASKS, questions
 
@@ -48,6 +48,7 @@ from swarm.engine.torch import TorchEngine
 from swarm.policy import Policy, load_policy
 from swarm.rollout.collector import RolloutCollector
 from swarm.rollout.partial import PartialRollouts
+from swarm.tasks.gym import import_reasoning_gym
 from swarm.trainer import Trainer
 from swarm.types import Task, TrainingBatch, TrainingGroup
 
@@ -57,6 +58,10 @@ _DEPTH = 6
 _BEST, _SUFFIX, _NEVER_BELOW, _ROUND, _LEARNING_SHARE = 1.7, 1.3, 0.97, 2.0, 0.05
 _MAX_SEQ_LEN = 512
 _ADAPT_GROUP = 8
+_EASY: dict[str, dict[str, Any]] = {  # what *sure* answers right now and then, so that it learns
+    "chain_sum": {"min_terms": 2, "max_terms": 4, "min_digits": 1, "max_digits": 1},
+    "spell_backward": {"min_word_len": 3, "max_word_len": 5},
+}
 _TAUGHT_PROMPTS = 256  # that the learned drafter learns from, before it is measured
 
 
@@ -251,11 +256,11 @@ def long_round(policy: Policy, num_rounds: int, num_steps: int) -> tuple[dict[st
         head = HeadDrafter(
             learner.model, policy.model, lambda: learner.vocabulary, num_slots=slots, capacity=_MAX_SEQ_LEN
         )
-        engine = EnforcedEngine(
+        engine = TorchEngine(
             policy.model, eos_token_ids=policy.eos_token_ids, config=EngineConfig(max_slots=slots),
             max_seq_len=_MAX_SEQ_LEN, speculator=make_speculator("auto", head) if way == "on" else None,
         )  # fmt: skip
-        engine.length = tail_length
+        enforce(engine, tail_length)
         base = RolloutConfig(num_completions=8, max_new_tokens=256)
         if way == "on":
             rollouts: RolloutCollector = PartialRollouts(
@@ -286,7 +291,8 @@ def adapt(policy: Policy, num_rounds: int, num_steps: int) -> tuple[dict[str, An
     Both begin with the same lessons. The one that goes on has what `Drafting` gives it: a small share of each round's
     time. Either writes every round's completions, with drafts of its own: they are the same tokens.
     """
-    entries = [(task, entry) for task in TASKS for entry in questions(task, 79, 500)]
+    dataset = import_reasoning_gym().create_dataset
+    entries = [entry for task, settings in _EASY.items() for entry in dataset(task, seed=79, size=500, **settings)]
     model = copy.deepcopy(policy.model)
     learner, taught = teach(policy, model, prompts_of(policy, 31, _TAUGHT_PROMPTS), num_steps)
     print(f"adapt: taught: {json.dumps(taught)}", file=sys.stderr, flush=True)
@@ -310,7 +316,7 @@ def adapt(policy: Policy, num_rounds: int, num_steps: int) -> tuple[dict[str, An
     shares, rewarded, rng = [], [], random.Random(0)
     for round_index in range(num_rounds):
         begin, frozen_s = time.perf_counter(), 0.0
-        chosen = [rng.choice(entries)[1] for _ in range(4)]
+        chosen = [rng.choice(entries) for _ in range(4)]
         requests = requests_of(
             [policy.encode_prompt(entry["question"]) for entry in chosen], _ADAPT_GROUP, MAX_NEW_TOKENS,
             4 * _ADAPT_GROUP * round_index,
