@@ -18,7 +18,7 @@ In a network namespace of its own, the interface's counter says what crosses the
 
 import argparse
 import asyncio
-import dataclasses
+import functools
 import json
 import math
 import multiprocessing as mp
@@ -26,9 +26,11 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import psutil
 from _namespaces import Namespaces, enter_namespace
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
@@ -39,19 +41,32 @@ from protocol.identity import Identity
 from protocol.member import Member, Rescored
 from protocol.messages import SharedCompletion, SharedGroup, TaskRef
 from protocol.shards import record_validator
-from protocol.transport.hivemind import HivemindSettings, HivemindTransport
+from protocol.transport.base import Transport
 from protocol.wire import encode_frame, encode_group
 
-__all__ = ["num_texts", "partition", "quantile", "real_groups"]
+__all__ = ["BenchmarkNode", "BenchmarkNodes", "loopback_bytes", "num_texts", "partition", "quantile", "real_groups"]
 
 TEXTS = Path(__file__).with_name("texts.json")
-LOCAL = HivemindSettings(listen=("/ip4/127.0.0.1/tcp/0",), nat_port_map=False, startup_timeout_s=60)
 START_WITHIN_S = 90.0
 LINK_WITHIN_S = 60.0
 SETTLE_S = 3.0
 PARTITION_S = 60.0
 PUBLISH_EVERY_S = 5.0
 NUM_PUBLISHED = 2  # groups at one time, by each node, before and during the partition
+
+
+def local_transport(name: str, identity: Identity, swarm_id: str, host: str) -> Transport:
+    """Make a transport of this machine's own; of two, one process can import only one."""
+    listen, validator = (f"/ip4/{host}/tcp/0",), record_validator(swarm_id)
+    if name == "libp2p":
+        from protocol.transport.libp2p import Libp2pTransport
+        from protocol.transport.libp2p_settings import Libp2pSettings
+
+        return Libp2pTransport(identity, validator, Libp2pSettings(swarm_id=swarm_id, listen=listen, mdns=False))
+    from protocol.transport.hivemind import HivemindSettings, HivemindTransport
+
+    settings = HivemindSettings(listen=listen, nat_port_map=False, startup_timeout_s=60)
+    return HivemindTransport(identity, validator, settings)
 
 
 def quantile(values: Sequence[float], share: float) -> float:
@@ -95,17 +110,16 @@ def _content_bytes(group: SharedGroup) -> int:
     return len(encode_group(group))
 
 
-class _Node:
+class BenchmarkNode:
     """One node, in a process of its own, told what to do over a pipe."""
 
-    def __init__(self, rank: int, config: SwarmConfig, host: str) -> None:
+    def __init__(self, rank: int, config: SwarmConfig, host: str, transport: str) -> None:
         self.rank = rank
         self.admitted: dict[tuple[int, int], float] = {}  # when, by author and number
         self.wanted = 0
         self.complete = asyncio.Event()
         identity = Identity(Ed25519PrivateKey.generate())
-        listening = dataclasses.replace(LOCAL, listen=(f"/ip4/{host}/tcp/0",))
-        self._transport = HivemindTransport(identity, record_validator(config.swarm_id), listening)
+        self._transport = local_transport(transport, identity, config.swarm_id, host)
         self.member = Member(
             identity,
             self._transport,
@@ -124,6 +138,10 @@ class _Node:
             self.complete.set()
         return Rescored("scored", tuple(float(number % 2) for number in range(len(group.completions))), True)
 
+    async def start(self) -> None:
+        """Join the swarm."""
+        await self.member.start()
+
     def traffic(self) -> dict[str, int]:
         """What the member has counted."""
         status = self.member.status()
@@ -133,8 +151,9 @@ class _Node:
 
     @property
     def dht_bytes_in(self) -> int:
-        """The part of what was received that is DHT calls and their answers."""
-        return self._transport._filter.bytes_in
+        """The part of what was received that is DHT calls and their answers, where the transport tells them apart."""
+        seen = getattr(self._transport, "_filter", None)
+        return 0 if seen is None else int(seen.bytes_in)
 
     async def gather(self, at_s: float, first: int, num: int, num_wanted: int, limit_s: float) -> dict[str, Any]:
         """Publish at a moment that all share, and wait for what all others publish."""
@@ -199,16 +218,16 @@ class _Node:
         }
 
 
-def _run_node(pipe: Connection, rank: int, settings: dict[str, Any], host: str, namespace: str | None) -> None:
+def _run_node(pipe: Connection, make: Callable[[], BenchmarkNode], namespace: str | None) -> None:
     if namespace is not None:
         enter_namespace(namespace)
-    asyncio.run(_serve(pipe, rank, SwarmConfig(**settings), host))
+    asyncio.run(_serve(pipe, make))
 
 
-async def _serve(pipe: Connection, rank: int, config: SwarmConfig, host: str) -> None:
+async def _serve(pipe: Connection, make: Callable[[], BenchmarkNode]) -> None:
     """Start, say where, and do what the pipe says until it says no more."""
-    node = _Node(rank, config, host)
-    await node.member.start()
+    node = make()
+    await node.start()
     watcher = asyncio.create_task(node.member.wait_failed())
     try:
         pipe.send(node.member.addresses[0])
@@ -226,32 +245,59 @@ async def _serve(pipe: Connection, rank: int, config: SwarmConfig, host: str) ->
         await node.member.close()
 
 
-class _Nodes:
-    """All nodes, as their parent sees them."""
+class BenchmarkNodes:
+    """All nodes, as their parent sees them. The first one is joined through by the others."""
 
     def __init__(
-        self, num: int, settings: Callable[[int], dict[str, Any]], namespaces: Namespaces | None = None
+        self,
+        num: int,
+        settings: Callable[[int], dict[str, Any]],
+        namespaces: Namespaces | None = None,
+        *,
+        node_class: type[BenchmarkNode] = BenchmarkNode,
+        transport: str = "hivemind",
+        num_at_once: int = 64,
     ) -> None:
-        context = mp.get_context("spawn")
+        self._settings, self._namespaces = settings, namespaces
+        self._node_class, self._transport, self._num_at_once = node_class, transport, num_at_once
         self.pipes: list[Connection] = []
-        self._processes = []
-        peers: tuple[str, ...] = ()
-        for rank in range(num):
-            ours, theirs = context.Pipe()
-            where = ("127.0.0.1", None) if namespaces is None else (namespaces.hosts[rank], namespaces.names[rank])
-            process = context.Process(
-                target=_run_node, args=(theirs, rank, {**settings(rank), "peers": peers}, *where), daemon=True
-            )
-            process.start()
-            theirs.close()
-            self.pipes.append(ours)
-            self._processes.append(process)
-            if rank == 0:
-                peers = (self._answer(ours, START_WITHIN_S),)
-        for pipe in self.pipes[1:]:
-            self._answer(pipe, START_WITHIN_S)
+        self._processes: list[BaseProcess] = []
+        self._peers: tuple[str, ...] = ()
+        self.add(num)
 
-    def __enter__(self) -> "_Nodes":
+    def add(self, num: int) -> None:
+        """Start so many nodes, some at one time, and wait until they listen."""
+        before = len(self.pipes)
+        while len(self.pipes) < before + num:
+            at_once = min(self._num_at_once, before + num - len(self.pipes)) if self._peers else 1
+            pipes = [self._start() for _ in range(at_once)]
+            addresses = [self.answer(pipe, START_WITHIN_S) for pipe in pipes]
+            self._peers = self._peers or (addresses[0],)
+
+    def _start(self) -> Connection:
+        context, rank = mp.get_context("spawn"), len(self.pipes)
+        ours, theirs = context.Pipe()
+        network = self._namespaces
+        host, namespace = ("127.0.0.1", None) if network is None else (network.hosts[rank], network.names[rank])
+        config = SwarmConfig(**self._settings(rank), peers=self._peers)
+        make = functools.partial(self._node_class, rank, config, host, self._transport)
+        process = context.Process(target=_run_node, args=(theirs, make, namespace), daemon=True)
+        process.start()
+        theirs.close()
+        self.pipes.append(ours)
+        self._processes.append(process)
+        return ours
+
+    def kill(self, ranks: Sequence[int]) -> None:
+        """End these nodes without a word, whatever they have started with them; their ranks are free."""
+        for rank in sorted(ranks, reverse=True):
+            process = psutil.Process(self._processes[rank].pid)
+            for one in (process, *process.children(recursive=True)):
+                one.kill()
+            self._processes.pop(rank).join()
+            self.pipes.pop(rank).close()
+
+    def __enter__(self) -> "BenchmarkNodes":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -266,7 +312,7 @@ class _Nodes:
         """Let every node do the same; return what they answer."""
         for pipe in self.pipes:
             pipe.send((name, arguments))
-        return [self._answer(pipe, limit_s) for pipe in self.pipes]
+        return [self.answer(pipe, limit_s) for pipe in self.pipes]
 
     def link(self) -> list[int]:
         """Wait until all have as many peers as they choose; return how many."""
@@ -280,7 +326,7 @@ class _Nodes:
             time.sleep(0.5)
 
     @staticmethod
-    def _answer(pipe: Connection, limit_s: float) -> Any:
+    def answer(pipe: Connection, limit_s: float) -> Any:
         if not pipe.poll(limit_s):
             raise SystemExit(f"a node does not answer within {limit_s:g} s")
         try:
@@ -303,7 +349,7 @@ def gather(args: argparse.Namespace) -> dict[str, Any]:
     most = (args.nodes - 1) * max(sizes.values())
     settings = {"reserve_groups": most, "max_rescore_queue": 2 * most, "announce_fanout": args.nodes}
     found: dict[str, Any] = {"num_nodes": args.nodes, "rounds": args.rounds, "limit_s": args.limit_s}
-    with _Nodes(args.nodes, lambda rank: settings) as nodes:
+    with BenchmarkNodes(args.nodes, lambda rank: settings) as nodes:
         found["num_peers"] = nodes.link()
         found["first_contact"] = _gather_once(nodes, 0, 1, args)
         first = 1
@@ -317,7 +363,7 @@ def gather(args: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-def _gather_once(nodes: _Nodes, first: int, num: int, args: argparse.Namespace) -> dict[str, Any]:
+def _gather_once(nodes: BenchmarkNodes, first: int, num: int, args: argparse.Namespace) -> dict[str, Any]:
     others = range(args.nodes)
     on_wire = loopback_bytes()
     answers = nodes.all_do(
@@ -358,7 +404,7 @@ def _gather_once(nodes: _Nodes, first: int, num: int, args: argparse.Namespace) 
 def sample(args: argparse.Namespace) -> dict[str, Any]:
     """Measure what nodes pay for what they train on."""
     settings = {"reserve_groups": max(SwarmConfig().reserve_groups, 2 * args.external)}  # as `swarm-node join`
-    with _Nodes(args.nodes, lambda rank: settings) as nodes:
+    with BenchmarkNodes(args.nodes, lambda rank: settings) as nodes:
         peers = nodes.link()
         limit_s = (args.rounds + args.warmup + 2) * args.round_s * 1.2 + 30
         on_wire, start_s = loopback_bytes(), time.monotonic()
@@ -391,7 +437,7 @@ def partition(num_nodes: int, within_s: float = 60.0) -> dict[str, Any]:
     """Cut a network in half for a minute; measure how soon after that everybody has nearly everything."""
     settings = {"reserve_groups": 4000, "max_rescore_queue": 4000, "max_author_share": 1.0}
     half = range(num_nodes // 2)
-    with Namespaces(num_nodes) as network, _Nodes(num_nodes, lambda rank: settings, network) as nodes:
+    with Namespaces(num_nodes) as network, BenchmarkNodes(num_nodes, lambda rank: settings, network) as nodes:
         found: dict[str, Any] = {"num_nodes": num_nodes, "num_peers": nodes.link()}
         before = nodes.all_do("publish_for", 30, seconds=2 * PUBLISH_EVERY_S, first=0)
         network.cut_off(half)

@@ -345,6 +345,44 @@ def test_a_group_is_fetched_from_whoever_has_it_when_its_author_is_gone():
     simulate(main())
 
 
+def test_bridges_that_offer_each_other_a_frame_that_nobody_has_do_not_wait_for_each_other():
+    took_s: list[float] = []
+
+    def timed(bring: Any) -> Any:
+        async def wrapped(*arguments: Any) -> None:
+            began_s = asyncio.get_running_loop().time()
+            await bring(*arguments)
+            took_s.append(asyncio.get_running_loop().time() - began_s)
+
+        return wrapped
+
+    async def main() -> None:
+        swarms = await networks(2, 1, reserve_groups=0)
+        bridges = [await bridge(number, *swarms) for number in range(2)]
+        for side in (side for one in bridges for side in one.sides):
+            side.fetching.bring = timed(side.fetching.bring)  # type: ignore[method-assign]
+        await asyncio.sleep(20)
+        now_ms = int(swarms[0].network.clock() * 1000)
+        announcement = sign_announcement(
+            identity_of(77), "main", sequence=now_ms, created_at_ms=now_ms, frames=[b"not to be had"]
+        )
+        await offer(swarms[0].nodes[0], bridges[0].sides[0], announcement.encoded)
+        await asyncio.sleep(5)
+        one, other = (each.crossed() for each in bridges)
+        assert [row["batches_to_give"] for row in (*one, *other)] == [0, 1, 1, 0], "each has it from the other"
+        [known] = [side.member.announcements.get(announcement.root) for side in bridges[0].sides[:1]]
+        assert known is not None
+        assert bridges[1].sides[0].member.node_id in known.holders
+        seeker = await swarms[1].add(peers=tuple(each.members[1].addresses[0] for each in bridges), **WANT_ALL)
+        await asyncio.sleep(60)
+        assert seeker.status()["groups_admitted"] == 0
+        assert len(took_s) > 1, "it was looked for"
+        assert max(took_s) < 1, "nobody waits for whom waits for him"
+        await close(swarms, *bridges)
+
+    simulate(main())
+
+
 def test_what_is_forged_or_no_group_stops_at_the_bridge_and_its_sender_pays():
     async def main() -> None:
         swarms = await networks(2, 2)
