@@ -148,9 +148,10 @@ class Node:
             tasks, again = self._choose_tasks(round_index, external, wanted)
             await self._in_torch(self._learn_drafts, tasks, external)
         own = await self._write(tasks, round_index, meter)
-        await self.exchange.publish(own)
-        num_places = sapo.num_to_fill(own, external, wanted, again)
-        external += await self.exchange.fill(sapo.share_of(num_places, share, swing_rng))
+        with parts.drafting.idle():
+            await self.exchange.publish(own)
+            num_places = sapo.num_to_fill(own, external, wanted, again)
+            external += await self.exchange.fill(sapo.share_of(num_places, share, swing_rng))
         batch = sapo.build_batch(own, external, wanted, self._rng("batch", round_index), again=again)
         with meter.time("update"):
             stats = await self._update(batch)
@@ -193,14 +194,15 @@ class Node:
     async def _write_spans(
         self, tasks: list[Task], spans: list[range] | None, round_index: int, meter: RoundMeter
     ) -> list[RolloutGroup]:
-        with meter.time("rollout"):
+        with meter.time("rollout"), self.parts.drafting.beside(self.parts.engine):
             groups = await self._in_torch(self.parts.rollouts.collect, tasks, round_index=round_index, spans=spans)
         with meter.time("scoring"), self.parts.drafting.idle():
             return await self._in_torch(self.parts.scorer.score_groups, groups)
 
     async def _update(self, batch: TrainingBatch) -> "UpdateStats | None":
         """Learn from a batch; a batch in which every group has advantage zero teaches nothing."""
-        await self.recorder.settle()  # a checkpoint may still be reading the tensors
+        with self.parts.drafting.idle():
+            await self.recorder.settle()  # a checkpoint may still be reading the tensors
         self._trained_round = self.recorder.last_round + 1
         if not batch.groups:
             return None

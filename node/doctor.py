@@ -22,6 +22,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from node.config import RunConfig
+from swarm.cores import num_cpus
 from swarm.errors import UserError
 
 __all__ = ["Check", "examine", "run_checks"]
@@ -144,11 +145,10 @@ def _bf16() -> Check:
 def _threads(config: RunConfig) -> Check:
     import torch
 
-    num_cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    num_threads = config.num_threads or torch.get_num_threads()
-    if num_threads > num_cpus:
-        return Check("threads", "warn", f"{num_threads} threads on {num_cpus} CPUs: set num_threads={num_cpus}")
-    return Check("threads", "ok", f"{num_threads} on {num_cpus} CPUs, load {os.getloadavg()[0]:.1f}")
+    most, num_threads = num_cpus(), config.num_threads or torch.get_num_threads()
+    if num_threads > most:
+        return Check("threads", "warn", f"{num_threads} threads on {most} CPUs: set num_threads={most}")
+    return Check("threads", "ok", f"{num_threads} on {most} CPUs, load {os.getloadavg()[0]:.1f}")
 
 
 def _memory() -> Check:

@@ -16,6 +16,7 @@ from node.config import RunConfig
 from node.display import duration
 from node.plot import heldout_points
 from node.run_folder import RunFolder, write_atomically
+from swarm.cores import num_cpus
 
 __all__ = ["model_label", "print_summary", "summarize", "tasks_label", "write_summary"]
 
@@ -81,7 +82,7 @@ def _hardware() -> dict[str, Any]:
     return {
         "machine": platform.machine(),
         "system": platform.system(),
-        "num_cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "num_cpus": num_cpus(),
         "num_threads": torch.get_num_threads(),
         "memory_bytes": psutil.virtual_memory().total,
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],

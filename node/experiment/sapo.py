@@ -1,7 +1,6 @@
 """One experiment from its plan to its figures, in one folder; an interrupted one goes on where it was."""
 
 import json
-import os
 import shlex
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ from node.experiment.results import write_plan
 from node.experiment.running import RunningUnit, SimulatedUnit, run_units
 from node.experiment.units import Unit
 from node.run_folder import RunFolder
+from swarm.cores import num_cpus
 
 __all__ = ["run_experiment"]
 
@@ -40,7 +40,7 @@ def run_experiment(plan: Plan, path: Path, *, num_jobs: int | None, real: bool, 
             return RealUnit(unit, path) if real else SimulatedUnit(unit, path)
 
         try:
-            run_units(missing, 1 if real else num_jobs or _num_cores(), begin, len(done), out)
+            run_units(missing, 1 if real else num_jobs or num_cpus(), begin, len(done), out)
         except KeyboardInterrupt:
             print(f"stopped; the same command with --run-dir {shlex.quote(str(path))} goes on", file=sys.stderr)
             return _INTERRUPTED
@@ -50,7 +50,3 @@ def run_experiment(plan: Plan, path: Path, *, num_jobs: int | None, real: bool, 
     else:
         print(f"\n{table(summary)}\nwritten to {path}: results.md, results.json, and the figures", flush=True)
     return 0
-
-
-def _num_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -2,7 +2,8 @@
 
     speculator   in the engine: drafters and the tuner
     learner      teaches the learned drafter; None where the settings or the model leave it out
-    idle         the time it has for nothing: while answers are scored, or while peers are waited for
+    idle         the time it has for nothing: while answers are scored, or the disk or the exchange is waited for
+    beside       the time it has on cores that the engine leaves idle, where that does not slow it
 
 Idle time is what the drafter learns in. Where a round has none, as on a machine whose cores are always busy, the
 learner may take a small share of the round's time (`catch_up`), so that it moves with the policy.
@@ -10,10 +11,12 @@ learner may take a small share of the round's time (`catch_up`), so that it move
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from swarm.config import EngineConfig
+from swarm.cores import num_spare_cores
+from swarm.drafting.beside import Beside
 from swarm.drafting.idle import IdleTime
 from swarm.drafting.speculator import DraftCounts, Speculator, make_speculator
 from swarm.engine.base import Engine
@@ -40,10 +43,15 @@ class Drafting:
         speculator: Speculator | None = None,
         learner: "HeadLearner | None" = None,
         clock: Callable[[], float] = time.perf_counter,
+        num_spare_cores: int = 0,
     ) -> None:
-        """Without a speculator it does nothing and says nothing."""
+        """Without a speculator it does nothing and says nothing. num_spare_cores: that the engine leaves idle."""
         self.speculator, self.learner, self._clock = speculator, learner, clock
         self._idle = IdleTime(learner.step, clock) if learner is not None else None
+        self._spare: IdleTime | None = None
+        if learner is not None and num_spare_cores:
+            self._spare = _spare_time(learner.step, clock, num_spare_cores)
+        self._beside = Beside()
         self._step_s = 0.0  # what a step takes, as the last ones did
         self._credit_s = 0.0
         self._round_began_s = clock()
@@ -52,7 +60,6 @@ class Drafting:
         self._saved_before_s = 0.0
         self._idle_before_s = 0.0
         self._steps_before = 0
-        self._is_policy_new = False
 
     @contextmanager
     def idle(self) -> Iterator[None]:
@@ -62,6 +69,23 @@ class Drafting:
             return
         with self._idle:
             yield
+
+    @contextmanager
+    def beside(self, engine: Engine) -> Iterator[None]:
+        """The engine works: where it leaves cores idle the learner may work on them, as long as that slows nothing."""
+        if self._spare is None or self.learner is None or not self.learner.can_learn:
+            yield
+            return
+        is_beside = self._beside.begin()
+        began_s, before = self._clock(), engine.stats.num_tokens_generated
+        with self._spare if is_beside else nullcontext():
+            yield
+        self._beside.end(is_beside, engine.stats.num_tokens_generated - before, self._clock() - began_s)
+
+    @property
+    def _idle_s(self) -> float:
+        """Seconds that the learner has worked in time of its own."""
+        return sum(one.worked_s for one in (self._idle, self._spare) if one is not None)
 
     def learn(self, prompt_ids: Sequence[int], completions: Iterable[Sequence[int]]) -> None:
         """Take completions of a prompt that others have written."""
@@ -79,7 +103,7 @@ class Drafting:
         if self.learner is None or self._idle is None or not self.learner.can_learn:
             return
         now = self._clock()
-        idle_s = self._idle.worked_s - self._idle_before_s
+        idle_s = self._idle_s - self._idle_before_s
         earned_s = _SHARE * (now - self._round_began_s) - idle_s
         self._credit_s = min(_MAX_CREDIT_S, self._credit_s + max(0.0, earned_s))
         self._round_began_s = now
@@ -113,9 +137,9 @@ class Drafting:
         if self.learner is not None and self._idle is not None:
             row["drafter_loss"] = self.learner.loss
             row["num_drafter_steps"] = self.learner.num_steps - self._steps_before
-            row["drafter_idle_s"] = self._idle.worked_s - self._idle_before_s
+            row["drafter_idle_s"] = self._idle_s - self._idle_before_s
             row["drafter_s"] = self._learned_s
-            self._steps_before, self._idle_before_s = self.learner.num_steps, self._idle.worked_s
+            self._steps_before, self._idle_before_s = self.learner.num_steps, self._idle_s
             self._learned_s = 0.0
         return row
 
@@ -140,9 +164,10 @@ class Drafting:
             self._steps_before = self.learner.num_steps
 
     def close(self) -> None:
-        """End the learner's thread."""
-        if self._idle is not None:
-            self._idle.close()
+        """End the learner's threads."""
+        for one in (self._idle, self._spare):
+            if one is not None:
+                one.close()
 
 
 def make_drafting(config: EngineConfig, engine: Engine, policy: "Policy", trainer: "Trainer") -> Drafting:
@@ -154,6 +179,8 @@ def make_drafting(config: EngineConfig, engine: Engine, policy: "Policy", traine
         return Drafting()
     if config.speculation not in ("auto", "head"):
         return Drafting(engine.speculator)
+    import torch
+
     from swarm.drafting.head import HeadDrafter
     from swarm.drafting.head_model import supports_head
     from swarm.drafting.learner import HeadLearner
@@ -169,4 +196,16 @@ def make_drafting(config: EngineConfig, engine: Engine, policy: "Policy", traine
         num_slots=config.max_slots, capacity=engine.max_seq_len,
     )  # fmt: skip
     engine.speculator = make_speculator(config.speculation, head)
-    return Drafting(engine.speculator, learner)
+    num_spare = num_spare_cores(torch.get_num_threads()) if policy.model.device.type == "cpu" else 0
+    return Drafting(engine.speculator, learner, num_spare_cores=num_spare)
+
+
+def _spare_time(step: Callable[[Callable[[], bool]], bool], clock: Callable[[], float], num_threads: int) -> IdleTime:
+    """Return time on cores of its own: torch's operations there take so many threads."""
+    import torch
+
+    before = torch.get_num_threads()
+    spare = IdleTime(step, clock, prepare=lambda: torch.set_num_threads(num_threads))
+    spare.start()
+    torch.set_num_threads(before)  # each thread has its number, and torch gives the last one to threads to come
+    return spare

@@ -4,6 +4,7 @@ import io
 from types import SimpleNamespace
 
 import pytest
+import torch
 from rich.console import Console
 
 from node.display import PlainDisplay, RunInfo
@@ -13,9 +14,11 @@ from node.live import LiveDisplay
 from node.stats import stats_view
 from node.status import build_status, training_status
 from protocol.messages import TaskRef
+from swarm import cores
 from swarm.drafting.drafting import Drafting
+from swarm.drafting.idle import IdleTime
 from swarm.drafting.speculator import make_speculator
-from swarm.drafting.tuner import Strategy
+from swarm.engine.base import EngineStats
 from swarm.types import Completion, RolloutGroup, Segment, Task
 
 INFO = RunInfo("silo", "tiny", "chain_sum", 100, "runs/x")
@@ -98,13 +101,13 @@ def test_what_others_wrote_to_this_rounds_questions_is_learned_from(harness):
 def test_the_tuner_goes_on_where_it_was(harness):
     drafting = Drafting(make_speculator("auto"))
     tuner = drafting.speculator.strategy
-    chosen = Strategy("suffix", 8, 16)
+    chosen = next(one for one in tuner.strategies if one.drafter == "suffix")
     for _ in range(400):
         strategy = tuner.choose(3)
         tuner.observe(3, 12 if strategy == chosen else 3, 0.01)
     assert tuner.incumbents()[3] == chosen
     first = harness(drafting=drafting).settings(rounds=2, evaluation={"num_items": 0}).run()
-    assert first.rows[-1]["draft_arms"] == {"3": "suffix/8/16"}
+    assert first.rows[-1]["draft_arms"] == {"3": chosen.key}
     again = Drafting(make_speculator("auto"))
     harness(drafting=again).settings(rounds=3, evaluation={"num_items": 0}).run()
     assert again.speculator.strategy.incumbents() == {3: chosen}
@@ -149,4 +152,47 @@ def test_learning_takes_less_than_a_twentieth_of_the_time(step_s):
         learner.num_steps,
         pytest.approx(learner.num_steps * step_s),
     )
+    drafting.close()
+
+
+class Waiting:
+    """An engine, as far as it is asked how much it has written."""
+
+    def __init__(self):
+        self.stats = EngineStats()
+
+
+@pytest.mark.parametrize("slower", [1.0, 3.0])
+def test_learning_beside_the_engine_goes_on_where_it_slows_nothing(slower):
+    clock, engine = Clock(), Waiting()
+    learner = Steps(clock, 0.0)
+    drafting = Drafting(make_speculator("auto"), learner, clock, num_spare_cores=1)
+    entered = []
+    drafting._spare.__class__ = type("Told", (IdleTime,), {"__enter__": lambda idle: entered.append(1) or idle})
+    for _ in range(400):
+        num = len(entered)
+        with drafting.beside(engine):
+            clock.now += 0.5 * (slower if len(entered) > num else 1.0)
+            engine.stats.num_tokens_generated += 100
+    assert (len(entered) > 200) == (slower == 1.0)
+    assert clock.now < 1.1 * 400 * 0.5
+    drafting.close()
+
+
+def test_a_machine_without_spare_cores_does_not_learn_beside_the_engine():
+    clock = Clock()
+    drafting = Drafting(make_speculator("auto"), Steps(clock, 1.0), clock)
+    with drafting.beside(Waiting()):
+        pass
+    assert drafting.learner.num_steps == 0
+    drafting.close()
+
+
+def test_spare_cores_are_those_that_no_thread_of_the_engine_has(monkeypatch):
+    monkeypatch.setattr(cores, "num_cpus", lambda: 8)
+    monkeypatch.setattr(cores.psutil, "cpu_count", lambda logical: 6)
+    assert [cores.num_spare_cores(num) for num in (1, 4, 6, 8)] == [5, 2, 0, 0]
+    before = torch.get_num_threads()
+    drafting = Drafting(make_speculator("auto"), Steps(Clock(), 1.0), num_spare_cores=3)
+    assert torch.get_num_threads() == before
     drafting.close()

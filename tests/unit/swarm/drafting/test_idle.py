@@ -18,7 +18,7 @@ def test_it_works_within_and_not_without():
         asked_to_stop.set()
         return True
 
-    idle = IdleTime(step)
+    idle = IdleTime(step, moment_s=0.0)
     for _ in range(3):
         begun.clear()
         asked_to_stop.clear()
@@ -42,7 +42,7 @@ def test_leaving_waits_for_the_part_under_way():
         order.append("part")
         return True
 
-    idle = IdleTime(step)
+    idle = IdleTime(step, moment_s=0.0)
     with idle:
         assert begun.wait(10)
         threading.Timer(0.05, go_on.set).start()
@@ -59,7 +59,7 @@ def test_nothing_to_do_is_not_asked_again():
         once.set()
         return False
 
-    idle = IdleTime(step)
+    idle = IdleTime(step, moment_s=0.0)
     with idle:
         assert once.wait(10)
     with idle:
@@ -75,7 +75,28 @@ def test_what_fails_is_raised_where_the_time_ends():
         failed.set()
         raise RuntimeError("no such layer")
 
-    idle = IdleTime(step)
+    idle = IdleTime(step, moment_s=0.0)
     with pytest.raises(RuntimeError, match="no such layer"), idle:
         assert failed.wait(10)
     idle.close()
+
+
+def test_what_is_over_in_a_moment_begins_nothing():
+    begun = threading.Event()
+    idle = IdleTime(lambda given_up: begun.set() or True, moment_s=60.0)
+    for _ in range(3):
+        with idle:
+            pass
+    assert not begun.is_set()
+    idle.close()
+    assert idle.worked_s == 0
+
+
+def test_its_thread_is_prepared_before_it_is_used():
+    order = []
+    idle = IdleTime(lambda given_up: order.append("step") or False, moment_s=0.0, prepare=lambda: order.append("ready"))
+    idle.start()
+    assert order == ["ready"]
+    idle.start()
+    idle.close()
+    assert order == ["ready"]
