@@ -21,9 +21,9 @@ from protocol.config import SwarmConfig
 from protocol.member import Rescored
 from protocol.messages import SharedGroup
 
-__all__ = ["MeasuredNode", "measure", "summary"]
+__all__ = ["DELIVERIES_PER_S", "MeasuredNode", "measure", "summary"]
 
-DELIVERIES_PER_S = 100.0  # of groups, in the whole swarm
+DELIVERIES_PER_S = 30.0  # of groups, in the whole swarm: what two cores carry over either transport
 MIN_WINDOW_S = 5.0
 NUM_GROUPS = {2: 40, 8: 6, 16: 3}  # of each node; of larger swarms 1
 NUM_AT_ONCE = 2  # nodes that start side by side: one for each core
@@ -134,7 +134,7 @@ def summary(answers: list[dict[str, Any]], ranks: list[int], num_expected: int, 
     }
 
 
-def measure(transport: str, num_nodes: int, *, churn: bool) -> dict[str, Any]:
+def measure(transport: str, num_nodes: int, deliveries_per_s: float, *, churn: bool) -> dict[str, Any]:
     """Run one swarm."""
     num = NUM_GROUPS.get(num_nodes, 1)
     most = 4 * num_nodes * num
@@ -160,16 +160,16 @@ def measure(transport: str, num_nodes: int, *, churn: bool) -> dict[str, Any]:
             "num_peers": [min(peers), max(peers)],
         }
         ranks = list(range(num_nodes))
-        found |= _spread(nodes, ranks, 0, num)
+        found |= _spread(nodes, ranks, 0, num, deliveries_per_s)
         if churn:
-            found["churn"] = _churn(nodes, ranks, num, num)
+            found["churn"] = _churn(nodes, ranks, num, deliveries_per_s)
     return found
 
 
-def _spread(nodes: BenchmarkNodes, ranks: list[int], first: int, num: int) -> dict[str, Any]:
+def _spread(nodes: BenchmarkNodes, ranks: list[int], first: int, num: int, deliveries_per_s: float) -> dict[str, Any]:
     """Let all publish and wait, and weigh what the wire has carried."""
     num_expected = (len(ranks) - 1) * num
-    window_s = max(MIN_WINDOW_S, num_expected * len(ranks) / DELIVERIES_PER_S)
+    window_s = max(MIN_WINDOW_S, num_expected * len(ranks) / deliveries_per_s)
     at_s, on_wire = time.time() + 1, loopback_bytes()
     for pipe, rank in zip(nodes.pipes, ranks, strict=True):
         wanted = [(other, number) for other in ranks if other != rank for number in range(first, first + num)]
@@ -184,17 +184,17 @@ def _spread(nodes: BenchmarkNodes, ranks: list[int], first: int, num: int) -> di
     }
 
 
-def _churn(nodes: BenchmarkNodes, ranks: list[int], first: int, num: int) -> dict[str, Any]:
+def _churn(nodes: BenchmarkNodes, ranks: list[int], num: int, deliveries_per_s: float) -> dict[str, Any]:
     """Kill some, let the survivors publish at once, and let as many new nodes come."""
     gone = ranks[1 : 1 + max(1, round(CHURN * len(ranks)))]
     nodes.kill(gone)
     killed_s = time.time()
     survivors = [rank for rank in ranks if rank not in gone]
-    found = _spread(nodes, survivors, first, num)
+    found = _spread(nodes, survivors, num, num, deliveries_per_s)
     found["recovered_s"] = round(found["last_after_s"] + 1, 2)  # the window begins a second after the deaths
     began_s = time.time()
     nodes.add(len(gone))
-    wanted = [(rank, number) for rank in survivors for number in range(first, first + num)]
+    wanted = [(rank, number) for rank in survivors for number in range(num, 2 * num)]
     new = nodes.pipes[len(survivors) :]
     for pipe in new:
         pipe.send(("expect", {"expected": wanted, "limit_s": LIMIT_S}))
@@ -212,9 +212,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("transport", choices=("hivemind", "libp2p"))
     parser.add_argument("--nodes", type=int, default=8)
+    parser.add_argument("--deliveries-per-s", type=float, default=DELIVERIES_PER_S, help="of groups, in the swarm")
     parser.add_argument("--churn", action="store_true", help="kill some in the end")
     args = parser.parse_args()
-    print(json.dumps(measure(args.transport, args.nodes, churn=args.churn)))
+    print(json.dumps(measure(args.transport, args.nodes, args.deliveries_per_s, churn=args.churn)))
 
 
 if __name__ == "__main__":

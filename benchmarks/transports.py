@@ -1,10 +1,11 @@
 """Compare the transports: what the same members pay, and how soon they have what others wrote, over each.
 
-    python benchmarks/transports.py [--nodes 2 8 16 48] [--transports hivemind libp2p] [--churn-nodes 16]
+    python benchmarks/transports.py [--nodes 2 8 16 48] [--transports hivemind libp2p] [--deliveries-per-s 30]
 
 For each size and transport as many real nodes as that, a process each, with the settings of `swarm-node join`, in a
 network namespace of their own where that is allowed. Each publishes groups at moments of its own and wants all groups
-of all the others, at a hundred deliveries a second in the whole swarm (`_transport_nodes.py`).
+of all the others, at so many deliveries a second in the whole swarm (`_transport_nodes.py`). More than
+the machine carries shows what the transport costs, in latencies that are then waits for a core.
 
     latency       from `publish` until the body of a group has been pulled, verified and handed to the verifier
     delivery      groups that came within 45 s after the last was published, of all that were wanted
@@ -24,6 +25,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from _transport_nodes import DELIVERIES_PER_S
 from exchange import isolated
 from harness import Bar, PeerError, report, run_peer
 
@@ -38,11 +40,11 @@ MAX_RECOVERED_S = 30.0
 RUN_LIMIT_S = 600.0
 
 
-def run(transport: str, num_nodes: int, *, churn: bool) -> dict[str, Any] | None:
+def run(transport: str, num_nodes: int, deliveries_per_s: float, *, churn: bool) -> dict[str, Any] | None:
     """Run one swarm; None where it did not come to an end."""
-    command = isolated([sys.executable, NODES, transport, f"--nodes={num_nodes}", *(["--churn"] if churn else [])])
+    script = [sys.executable, NODES, transport, f"--nodes={num_nodes}", f"--deliveries-per-s={deliveries_per_s}"]
     try:
-        found = run_peer(command, time_limit_s=RUN_LIMIT_S)
+        found = run_peer(isolated([*script, *(["--churn"] if churn else [])]), time_limit_s=RUN_LIMIT_S)
     except PeerError as error:
         print(f"{transport}, {num_nodes} nodes: {error}", file=sys.stderr, flush=True)
         return None
@@ -72,15 +74,16 @@ def main() -> None:
     parser.add_argument("--nodes", type=int, nargs="+", default=[2, 8, 16, 48])
     parser.add_argument("--transports", nargs="+", choices=TRANSPORTS, default=list(TRANSPORTS))
     parser.add_argument("--churn-nodes", type=int, default=16, help="the size at which nodes are killed")
+    parser.add_argument("--deliveries-per-s", type=float, default=DELIVERIES_PER_S, help="of groups, in a swarm")
     args = parser.parse_args()
     figures: dict[str, Any] = {transport: {} for transport in args.transports}
     bars: list[Bar] = []
     for num_nodes in args.nodes:
         for transport in args.transports:
-            found = run(transport, num_nodes, churn=num_nodes == args.churn_nodes)
+            found = run(transport, num_nodes, args.deliveries_per_s, churn=num_nodes == args.churn_nodes)
             figures[transport][f"{num_nodes}_nodes"] = found
             bars += bars_of(transport, num_nodes, found)
-    report(figures, bars)
+    report(figures | {"deliveries_per_s": args.deliveries_per_s}, bars)
 
 
 if __name__ == "__main__":
