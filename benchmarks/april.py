@@ -369,7 +369,7 @@ def main() -> None:
         "discarded": lambda: discarded(bench, 12 if few else 200),
         "overhead": lambda: overhead(bench, 10 if few else 100),
         "own": lambda: own(rounds({"4x4": 4}), clock),
-        "learning": lambda: learning(range(1 if few else 5), 20 if few else 150, clock),
+        "learning": lambda: learning(range(1 if few else 5), 20 if few else 40, clock),
     }
     figures: dict[str, Any] = {}
     bars: list[Bar] = []
