@@ -59,8 +59,8 @@ _BEST, _SUFFIX, _NEVER_BELOW, _ROUND, _LEARNING_SHARE = 1.7, 1.3, 0.97, 2.0, 0.0
 _MAX_SEQ_LEN = 512
 _ADAPT_GROUP = 8
 _EASY: dict[str, dict[str, Any]] = {  # what *sure* answers right now and then, so that it learns
-    "chain_sum": {"min_terms": 2, "max_terms": 4, "min_digits": 1, "max_digits": 1},
-    "spell_backward": {"min_word_len": 3, "max_word_len": 5},
+    "chain_sum": {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 1},
+    "gcd": {"min_value": 1, "max_value": 20},
 }
 _TAUGHT_PROMPTS = 256  # that the learned drafter learns from, before it is measured
 

@@ -1,6 +1,6 @@
 """Teach a model to write out reasoning-gym solutions step by step, until it is as sure as trained policies are.
 
-    python benchmarks/warm_start.py --out FOLDER [--model smollm2-135m] [--nats 0.45] [--most-s 1500]
+    python benchmarks/warm_start.py --out FOLDER [--model smollm2-135m] [--nats 0.3] [--most-s 1500]
 
 Supervised learning through the trainer: an advantage of 1 for every worked solution is the gradient of its likelihood.
 It ends when what the model writes itself at temperature 1 has less than `--nats` of surprisal a token: what makes
@@ -128,7 +128,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="a folder that is not there yet, or empty")
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--nats", type=float, default=0.45, help="surprisal of a token at which it ends")
+    parser.add_argument("--nats", type=float, default=0.3, help="surprisal of a token at which it ends")
     parser.add_argument("--most-s", type=float, default=1500.0, help="seconds after which it ends as well")
     options = parser.parse_args()
     policy = load_policy(ModelConfig(name=options.model))
