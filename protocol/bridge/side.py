@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from protocol.announcements import LiveBatch
-from protocol.bridge.channel import Channel
+from protocol.bridge.channel import Channel, ChannelBroken
 from protocol.bridge.fetching import BRING_S, Fetching, Sources
 from protocol.bridge.records import FarRecords
 from protocol.bridge.store import BridgeStore
@@ -55,7 +55,7 @@ from protocol.requests import (
     max_pull_response_bytes,
 )
 from protocol.tasks import first_of
-from protocol.transport.base import RequestRefused, TransportError
+from protocol.transport.base import RequestRefused, RequestTimedOut, TransportError
 
 __all__ = ["BridgeSide"]
 
@@ -166,7 +166,7 @@ class BridgeSide:
                 more = await self._tell()
             if tick % RECORDS_EVERY_TICKS == 0:
                 for payload in self._records.news():
-                    await self._channel.request("records", payload, max_response_bytes=0, timeout_s=ANSWER_WITHIN_S)
+                    await self._say("records", payload)
             tick += 1
             self._forget()
 
@@ -180,12 +180,19 @@ class BridgeSide:
             if batch is None or batch.announcement.encoded in told:
                 del self._unsaid[root]
         request = encode_announce_request(AnnounceRequest(offers))
-        data = await self._channel.request(
-            "announce", request, max_response_bytes=MAX_SMALL_REQUEST_BYTES, timeout_s=ANSWER_WITHIN_S
-        )
+        data = await self._say("announce", request)
         self._num_offered += len(offers)
         self._far_quiet_until_s = self._local.clock() + decode_announce_response(data).quiet_s
         return bool(self._unsaid)
+
+    async def _say(self, name: str, payload: bytes) -> bytes:
+        """Tell the other side something; return its answer. Raises ChannelBroken where it is stuck, or gone."""
+        try:
+            return await self._channel.request(
+                name, payload, max_response_bytes=MAX_SMALL_REQUEST_BYTES, timeout_s=ANSWER_WITHIN_S
+            )
+        except RequestTimedOut:
+            raise ChannelBroken(f"the other side has not answered for {ANSWER_WITHIN_S:g} s") from None
 
     def _offers(self, roots: list[bytes]) -> Iterator[Offer]:
         for root in roots:
@@ -280,10 +287,12 @@ class BridgeSide:
             self._local.refuse(refusal.reason)
             return
         expires_at_s = batch.created_at_s + self._local.config.freshness_s
-        for number, frame in frames.items():
+        held = self._store.held(batch.root)  # another peer's request may have brought the same meanwhile
+        new = {number: frame for number, frame in frames.items() if not held >> number & 1}
+        for number, frame in new.items():
             self._store.add(batch.root, response.leaves, number, frame, expires_at_s)
-        self._num_brought += len(frames)
-        self._num_bytes_brought += sum(map(len, frames.values()))
+        self._num_brought += len(new)
+        self._num_bytes_brought += sum(map(len, new.values()))
 
     def _forget(self) -> None:
         """Keep no more than there are live batches and neighbours."""

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from protocol.about import NO_MODEL, NodeAbout
-from protocol.bridge.channel import ChannelBroken, memory_channels
+from protocol.bridge.channel import Channel, ChannelBroken, memory_channels
 from protocol.bridge.side import BridgeSide
 from protocol.bridge.store import BridgeStore
 from protocol.config import SwarmConfig
@@ -44,28 +44,33 @@ class OtherSwarm(Swarm):
     transport_class = OtherTransport
 
 
+def make_side(identity: Identity, swarm: Swarm, channel: Channel, kind: type[MemoryTransport]) -> BridgeSide:
+    """Make a side of a bridge that joins a network through two of its nodes."""
+    config = SwarmConfig(peers=tuple(node.address for node in swarm.nodes[:2]))
+    store = BridgeStore(config.max_store_bytes, config.max_live_batches)
+    member = Member(
+        identity,
+        kind(swarm.network, identity.node_id, record_validator(config.swarm_id)),
+        config,
+        rescore=None,
+        about=lambda: ABOUT,
+        state_path=None,
+        clock=virtual_clock(),
+        rng=random.Random(identity.node_id),
+        store=store,
+    )
+    return BridgeSide(member, store, channel)
+
+
 class Bridge:
     """Two sides in one process."""
 
     def __init__(self, identity: Identity, networks: tuple[Swarm, Swarm], names: tuple[type, type]) -> None:
-        self.sides: list[BridgeSide] = []
-        self.members: list[Member] = []
-        for number, (swarm, kind, channel) in enumerate(zip(networks, names, memory_channels(), strict=True)):
-            config = SwarmConfig(peers=tuple(node.address for node in swarm.nodes[:2]))
-            store = BridgeStore(config.max_store_bytes, config.max_live_batches)
-            member = Member(
-                identity,
-                kind(swarm.network, identity.node_id, record_validator(config.swarm_id)),
-                config,
-                rescore=None,
-                about=lambda: ABOUT,
-                state_path=None,
-                clock=virtual_clock(),
-                rng=random.Random(f"{identity.node_id} {number}"),
-                store=store,
-            )
-            self.members.append(member)
-            self.sides.append(BridgeSide(member, store, channel))
+        self.sides = [
+            make_side(identity, swarm, channel, kind)
+            for swarm, channel, kind in zip(networks, memory_channels(), names, strict=True)
+        ]
+        self.members = [side.member for side in self.sides]
         self.failing = [asyncio.create_task(side.wait_failed()) for side in self.sides]
 
     async def start(self) -> "Bridge":
@@ -440,6 +445,26 @@ def test_who_looks_at_one_network_sees_the_nodes_of_the_other_and_no_node_dials_
                 assert not beyond & {known.record.node_id for known in node.member.directory.nodes()}
                 assert node.status()["requests_failed"] == 0
         await close([here, there], joined)
+
+    simulate(main())
+
+
+def test_a_side_that_is_stuck_ends_the_other_with_the_reason():
+    async def never(asker: str, payload: bytes) -> bytes:
+        await asyncio.sleep(10**6)
+        return b""
+
+    async def main() -> None:
+        [swarm] = await networks(1, 1)
+        one, other = memory_channels()
+        for name in ("announce", "records"):
+            other.handle(name, never, max_request_bytes=2**17)
+        side = make_side(identity_of(1), swarm, one, MemoryTransport)
+        await side.start()
+        with pytest.raises(ChannelBroken, match="has not answered for 30 s"):
+            await asyncio.wait_for(side.wait_failed(), 60)
+        await side.close()
+        await swarm.close()
 
     simulate(main())
 
