@@ -63,7 +63,8 @@ test: lint ## lint, type-check, and run all tests, with coverage
 	$(pytest) -m alone $$(grep -rlF mark.alone --include='*.py' tests)
 
 soak: setup ## run the long survival tests, with the figures of docs/results/survival.md (about an hour)
-	$(pytest) -m soak -rA --timeout 7200
+	$(pytest) -m 'soak and not libp2p' -rA --timeout 7200
+	$(pytest) -m 'soak and libp2p' -rA --timeout 600 $$(grep -rlF mark.libp2p --include='*.py' tests)
 
 lint: setup ## ruff, mypy and the order of the layers
 	$(bin)/ruff check .

@@ -34,8 +34,8 @@ MAX_RPC_BYTES = 64 * 1024
 MAX_SUBSCRIPTIONS = 16  # in one message
 MAX_CHANGES = 20.0  # of one peer's subscriptions, which fade by one a second
 MAX_USELESS_PER_HEARTBEAT = 256  # of one peer: duplicates, and what is ignored, which counts for more
-IGNORED = 8
-USELESS = 0.5  # of the penalty for bad behaviour, for each beyond
+IGNORED = 16
+USELESS = 1.0  # of the penalty for bad behaviour, for each beyond
 MAX_SEEN = 16_384
 MAX_REJECTED = 1024
 
@@ -75,6 +75,7 @@ class Topic(Pubsub):  # type: ignore[misc]  # libp2p has no types that mypy can 
             allowed_topics={topic},
         )
         self._topic, self._ask_judge = topic, ask_judge
+        self.seen_messages.stop()  # a thread of its own
         self.seen_messages = _Seen(MAX_SEEN)
         self._rejected = _Seen(MAX_REJECTED)
         self._changes: dict[ID, tuple[float, float]] = {}  # of subscriptions: (how many, when)
