@@ -62,6 +62,7 @@ class Topic(Pubsub):  # type: ignore[misc]  # libp2p has no types that mypy can 
     """The one topic of a node."""
 
     router: Router
+    seen_messages: Any
 
     def __init__(self, host: Any, topic: str, ask_judge: AskJudge) -> None:
         super().__init__(
