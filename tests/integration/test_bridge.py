@@ -74,7 +74,7 @@ def authors_used(workplace, run_dir):
 
 
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("transports", [("hivemind", "hivemind")], ids="-".join)
+@pytest.mark.parametrize("transports", [("hivemind", "libp2p")], ids="-".join)
 def test_four_nodes_of_two_networks_each_train_on_groups_of_all_three_others(
     workplace, processes, stopped_by, transports
 ):
@@ -101,6 +101,8 @@ def test_four_nodes_of_two_networks_each_train_on_groups_of_all_three_others(
         assert "conflict" not in found["refusals"]
     shown = workplace.run("stats", "--run-dir", "x").stdout
     assert shown.count("groups fetched for the other side") == 2
+    seen = json.loads(workplace.run("network", "--run-dir", "a", "--json").stdout)
+    assert (seen["num_reachable"], seen["num_beyond"], seen["num_trainers"]) == (3, 2, 4)
     listed = json.loads(workplace.run("peers", "--run-dir", "x", "--json").stdout)
     assert len({peer["node_id"] for peer in listed["peers"]}) == 4
     seconds, out, err = stopped_by(bridge, signal.SIGINT)
