@@ -58,7 +58,5 @@ class Counters:
     requests_failed: int = 0
     reward_of_admitted: Means = field(default_factory=Means)  # mean reward of a group, by this node's verifier
     latency_s: Means = field(default_factory=Means)  # from a batch's creation until a group of it is admitted
-    authors_sampled: deque[str] = field(
-        default_factory=lambda: deque(maxlen=_MAX_RECENT)
-    )  # of the last groups
+    authors_sampled: deque[str] = field(default_factory=lambda: deque(maxlen=_MAX_RECENT))  # of the last groups
     age_of_sampled_s: Means = field(default_factory=Means)  # staleness of a group when it is used

@@ -222,9 +222,7 @@ def test_tokens_are_drawn_as_by_operations(instruction_set, vocab, monkeypatch):
     temperature = torch.tensor([1.0, 0.0, 0.3, 2.0]).repeat(16)
     tokens, logprobs = sampling.sample(logits, seeds, positions, temperature)
     some = torch.randperm(vocab, generator=generator)[: vocab // 2 + 1].sort().values
-    among = sampling.sample(
-        logits[:, some], seeds, positions, temperature, vocabulary=some, vocab_size=vocab
-    )
+    among = sampling.sample(logits[:, some], seeds, positions, temperature, vocabulary=some, vocab_size=vocab)
     monkeypatch.setattr(sampling, "kernels", lambda: None)
     expected, expected_logprobs = sampling.sample(logits, seeds, positions, temperature)
     assert torch.equal(tokens, expected)
