@@ -10,7 +10,10 @@ from protocol.transport.base import MAX_FRAME_BYTES, PeerUnreachable
 from protocol.transport.hivemind import HivemindSettings, HivemindTransport
 from protocol.transport.peer_id import peer_id_of
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # hivemind's and torch's own
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # hivemind's and torch's own
+    pytest.mark.alone,
+]
 LISTEN = ("/ip4/127.0.0.1/tcp/0",)
 
 

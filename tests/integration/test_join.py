@@ -177,7 +177,7 @@ def test_all_bootstraps_dead_at_the_start_is_one_line_and_then_it_joins_without_
         (["--peers", "127.0.0.1:7000"], "--peers '127.0.0.1:7000' is no address of a node: it looks like /ip4/"),
         (["--peers", "/ip4/127.0.0.1/tcp/7000/p2p/12D3KooWnonsense"], "is no address of a node"),
         (["--listen", "localhost"], "cannot listen on 'localhost': write it like"),
-        (["--transport", "memory"], "'memory' is not 'hivemind'"),
+        (["--transport", "memory"], "'memory' is not one of 'hivemind', 'libp2p'"),
         (["--num-external", "-1"], "sapo.num_external = -1 (--num-external)"),
         (["--swarm-id", "x" * 65], "swarm_id"),
     ],

@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 pytestmark = pytest.mark.no_cover
 ROUNDS = 16
 MACHINE = ("_s", "_per_s", "_bytes")
-EARLY = ("--set", "rollout.schedule=partial", "--set", "rollout.order=arrival", "--set", "rollout.stale_tokens=correct")
 AHEAD = ("--set", "rollout.schedule=partial", "--set", "rollout.over_provision=2")
+EARLY = (*AHEAD, "--set", "rollout.order=arrival", "--set", "rollout.stale_tokens=correct")
 
 
 def run_of(workplace, run_dir, *more):

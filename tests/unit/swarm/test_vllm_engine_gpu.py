@@ -12,16 +12,21 @@ from swarm.engine.vllm import VllmEngine
 
 
 class Recorder:
-    """Takes an engine's commands down; every request that it holds gets the token 7 at each step."""
+    """Takes an engine's commands down; every request that it holds gets the token 7 whenever it may."""
 
     def __init__(self) -> None:
         self.commands: list[str] = []
         self.held: list[int] = []
 
-    def step(self, requests):
-        self.commands.append(f"step {[request[0] for request in requests]}")
-        self.held += [request[0] for request in requests]
-        return [[number, [7], [-1.0], None, 3] for number in self.held]
+    def admit(self, requests, wants_states=False):
+        numbers = [request[0] for request in requests]
+        self.commands.append(f"admit {numbers}")
+        self.held += numbers
+        return [[number, [7], [-1.0], None, 3] for number in numbers], []
+
+    def decode(self, drafts=(), wants_states=False):
+        self.commands.append("decode")
+        return [[number, [7], [-1.0], None, 0] for number in self.held], []
 
     def load(self, state) -> None:
         self.commands.append("load")
@@ -40,7 +45,9 @@ def model():
 
 def on(device: str, model, host: Recorder) -> VllmEngine:
     """An engine over a model that says it is on a device."""
-    facts = SimpleNamespace(device=torch.device(device), config=model.config, state_dict=model.state_dict)
+    facts = SimpleNamespace(
+        device=torch.device(device), dtype=model.dtype, config=model.config, state_dict=model.state_dict
+    )
     return VllmEngine(facts, eos_token_ids=(), config=EngineConfig(max_slots=4), max_seq_len=32, host=host)
 
 
@@ -56,7 +63,7 @@ def test_a_gpu_is_left_to_the_trainer_between_rollouts_and_the_next_policy(model
         engine.step()
     engine.load_policy(model.state_dict(), 1)
     engine.step()
-    assert host.commands == ["step [5, 6]", "sleep", "load", "step [5, 6]"]
+    assert host.commands == ["admit [5, 6]", "decode", "sleep", "load", "admit [5, 6]", "decode"]
 
 
 def test_a_cpu_keeps_its_cache(model):
@@ -66,4 +73,4 @@ def test_a_cpu_keeps_its_cache(model):
     engine.step()
     engine.release_memory()
     engine.step()
-    assert host.commands == ["step [5]", "step []"]
+    assert host.commands == ["admit [5]", "decode", "decode"]
