@@ -15,37 +15,11 @@ from typing import Any
 
 from _gpu import free, make_model, wait
 from harness import Bar
-from trainer import Sizes, flops, make_batch, run_ours
+from trainer import Sizes, flops, run_ours, run_plain
 
 __all__ = ["trainer_part"]
 
 MODELS = ("smollm2-135m", "qwen2.5-0.5b")
-
-
-def run_plain(model: Any, sizes: Sizes) -> Any:
-    """Return one update in plain transformers, as a function."""
-    import torch
-
-    device = model.device
-    tokens, advantages = make_batch(sizes, model.config.vocab_size)
-    tokens = tokens.to(device)
-    mask = torch.zeros(sizes.num_sequences, sizes.seq_len - 1, device=device)
-    mask[:, sizes.prompt_len - 1 :] = 1.0
-    weights = mask * torch.tensor(advantages, device=device)[:, None] / mask.sum()
-    attention_mask = torch.ones_like(tokens)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=0.0, fused=device.type == "cuda")
-
-    def update() -> float:
-        logits = model(input_ids=tokens, attention_mask=attention_mask, use_cache=False).logits
-        logprobs = torch.log_softmax(logits[:, :-1].float(), dim=-1).gather(-1, tokens[:, 1:, None])[..., 0]
-        loss = -(logprobs * weights).sum()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        return float(norm)
-
-    return update
 
 
 def measure(name: str, side: str, sizes: Sizes, args: argparse.Namespace) -> dict[str, Any]:
@@ -57,7 +31,7 @@ def measure(name: str, side: str, sizes: Sizes, args: argparse.Namespace) -> dic
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated() if on_gpu else 0
-    update = run_ours(model, sizes, args) if side == "ours" else run_plain(model, sizes)
+    update = run_ours(model, sizes, args) if side == "ours" else run_plain(model, sizes, args)
     seconds, norms = [], []
     for _ in range(args.updates):
         wait(args.device)

@@ -87,14 +87,17 @@ def run_ours(model, sizes: Sizes, args: argparse.Namespace):
 
 
 def run_plain(model, sizes: Sizes, args: argparse.Namespace):
+    """Return one update in plain transformers, as a function, on the model's device."""
     import torch
 
+    device = model.device
     tokens, advantages = make_batch(sizes, model.config.vocab_size)
-    mask = torch.zeros(sizes.num_sequences, sizes.seq_len - 1)
+    tokens = tokens.to(device)
+    mask = torch.zeros(sizes.num_sequences, sizes.seq_len - 1, device=device)
     mask[:, sizes.prompt_len - 1 :] = 1.0
-    weights = mask * torch.tensor(advantages)[:, None] / mask.sum()
+    weights = mask * torch.tensor(advantages, device=device)[:, None] / mask.sum()
     attention_mask = torch.ones_like(tokens)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=0.0, fused=device.type == "cuda" or None)
 
     def update() -> float:
         logits = model(input_ids=tokens, attention_mask=attention_mask, use_cache=False).logits

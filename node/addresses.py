@@ -15,8 +15,11 @@ class AddressError(UserError):
     """An address that no node can have."""
 
 
-def checked_peers(texts: Sequence[str]) -> list[str]:
-    """Return the addresses in `--peers` options, each of which may hold several. Raises AddressError."""
+def checked_peers(texts: Sequence[str], option: str = "--peers") -> list[str]:
+    """Return the addresses in `--peers` options, each of which may hold several. Raises AddressError.
+
+    option: how what is wrong was given.
+    """
     addresses = [part.strip() for text in texts for part in text.split(",") if part.strip()]
     for address in addresses:
         _, found, peer = address.rpartition("/p2p/")
@@ -26,8 +29,8 @@ def checked_peers(texts: Sequence[str]) -> list[str]:
             found = ""
         if not found or not address.startswith("/"):
             raise AddressError(
-                f"--peers {address!r} is no address of a node: it looks like {_EXAMPLE}; a node prints its own when it "
-                "starts, and `swarm-node stats` shows it"
+                f"{option} {address!r} is no address of a node: it looks like {_EXAMPLE}; a node prints its own when "
+                "it starts, and `swarm-node stats` shows it"
             )
     return addresses
 

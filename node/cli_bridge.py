@@ -87,7 +87,7 @@ def _side_config(
     transport, _, peers = side.partition("@")
     flags = {
         "network.transport": transport or None,
-        "swarm.peers": checked_peers([peers]) or None,
+        "swarm.peers": checked_peers([peers], f"{transport}@") or None,
         "swarm.swarm_id": swarm_id,
         "network.listen": expand_listen(listen) or None,
         "network.announce": [part.strip() for text in announce for part in text.split(",")] or None,
