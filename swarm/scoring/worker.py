@@ -18,6 +18,7 @@ import msgpack
 
 from swarm.errors import TaskError
 from swarm.scoring.child import ChildConfig
+from swarm.scoring.patience import Patience
 from swarm.scoring.progress import IDLE, Progress
 
 __all__ = ["CHILD_PROGRAM", "Job", "Worker"]
@@ -61,7 +62,6 @@ class Worker:
         is_nice_at_start: bool = True,
     ) -> None:
         """Start it. Without `is_nice_at_start` it gives way to others only once it is ready."""
-        self._wall_limit_s = wall_limit_s
         self._niceness = niceness
         self._progress = Progress.create()
         self._errors: IO[bytes] = tempfile.TemporaryFile()
@@ -77,6 +77,7 @@ class Worker:
             start_new_session=True,
             pass_fds=(self._progress.fd,),
         )
+        self._patience = Patience(self._process.pid, wall_limit_s)
         if is_nice_at_start:
             self._give_way()
         self._unpacker = msgpack.Unpacker(unicode_errors="surrogatepass")
@@ -106,7 +107,7 @@ class Worker:
         job, began_s = self._progress.read()
         if job == IDLE:
             return self._busy_since_s + _PREPARE_LIMIT_S - time.monotonic()
-        return began_s + self._wall_limit_s - time.monotonic()
+        return self._patience.seconds_left(began_s, time.monotonic())
 
     @property
     def current(self) -> Job | None:
