@@ -81,7 +81,11 @@ class Fork:
         while self.poll() is None:
             assert time.monotonic() < deadline, "waited too long for its end"
             time.sleep(0.01)
-        return (self._written / "out").read_text(), (self._written / "err").read_text()
+        return self.out(), (self._written / "err").read_text()
+
+    def out(self) -> str:
+        """What it has said so far."""
+        return (self._written / "out").read_text()
 
 
 @dataclass

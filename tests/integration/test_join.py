@@ -30,8 +30,8 @@ def nodes(workplace):
     """Return a function that starts nodes; those that still run at the end are killed."""
     started = []
 
-    def start(*arguments):
-        process = workplace.start(*arguments, PYTHONUNBUFFERED="1")
+    def start(*arguments, begin=workplace.start):
+        process = begin(*arguments, PYTHONUNBUFFERED="1")
         started.append(process)
         return process
 
@@ -153,13 +153,14 @@ def test_all_bootstraps_dead_at_the_start_is_one_line_and_then_it_joins_without_
     identity = Identity.create(workplace.path / "boot" / "identity")
     listen = f"/ip4/127.0.0.1/tcp/{free_port()}"
     dead = f"{listen}/p2p/{peer_id_of(identity.node_id)}"
-    node = nodes(*join(workplace, "run", 100_000, "--peers", dead))
+    node = nodes(*join(workplace, "run", 100_000, "--peers", dead), begin=workplace.fork)
     wait_for(node, lambda: len(workplace.rows("run")) > 20, "rounds alone")
-    wait_for(node, lambda: status(workplace, "run")["uptime_s"] > 8, "the moment at which it is said")
+    wait_for(node, lambda: "learning alone" in node.out(), "the line that says so")
     boot = nodes("bootstrap", "--run-dir", "boot", "--listen", listen)
     wait_for(node, lambda: with_peer(workplace, "run", identity.node_id), "the bootstrap")
     rounds = len(workplace.rows("run"))
     wait_for(node, lambda: len(workplace.rows("run")) > rounds + 5, "more rounds")
+    wait_for(node, lambda: "joined" in node.out(), "the line that says so")
     _, out, err = stopped_by(node, signal.SIGTERM)
     assert "Traceback" not in err
     lines = [line for line in out.splitlines() if "alone" in line or "joined" in line]
