@@ -1,7 +1,7 @@
 """Partial rollouts against synchronous ones: what they gain on a long tail, and what they cost without one.
 
-    python benchmarks/april.py [--parts throughput,discarded,overhead,own,learning] [--workloads 2x4,4x4,8x8]
-                               [--engine torch] [--short] [--cpu-time]
+    python benchmarks/april.py [--parts throughput,discarded,overhead,own,learning,reckoned] [--workloads 2x4,4x4,8x8]
+                               [--engine torch] [--repeats 5] [--short] [--cpu-time]
 
 throughput   `tiny` with enforced lengths: log-normal, p99/p50 of 8.3, cut at 16 medians; groups per second and idle
              decode slots, under a policy that a real update moves after every round. *keep*: tokens of older policies
@@ -10,6 +10,7 @@ discarded    tokens that were written and neither returned nor in flight nor cut
 overhead     a workload without a tail, with the settings that are on by default
 own          `smollm2-135m` with lengths of its own (minutes)
 learning     held-out pass@1 of `tiny` over five seeds, at equal optimizer steps and at equal time (`_april_learning`)
+reckoned     the same workloads on paper, by what a decode step costs beside its tokens: what other hardware would give
 
 With `--engine vllm` the first two run on vLLM, which keeps tokens and loads the policy anew after every round: what is
 resumed finds nothing in its prefix cache, as after an update. Its process is used by all sides in turn.
@@ -42,6 +43,7 @@ from swarm.engine.choice import make_engine
 from swarm.engine.torch import TorchEngine
 from swarm.policy import Policy, load_policy
 from swarm.rollout.collector import RolloutCollector
+from swarm.rollout.forecast import Costs, Plan, forecast
 from swarm.rollout.partial import PartialRollouts
 from swarm.trainer import Trainer
 from swarm.types import RolloutGroup, Task, TrainingBatch, TrainingGroup
@@ -50,10 +52,17 @@ _MEDIAN, _CAP = 14, 16 * 14  # `tiny` takes 256 positions
 _SIGMA = math.log(8.3) / 2.326  # of the logarithm: the 99th percentile is 8.3 medians
 _MAX_SLOTS, _MAX_PROMPT = 64, 32
 _PARTS = ("throughput", "discarded", "overhead")
+_WORKLOADS = {"2x4": 60, "4x4": 40, "8x8": 16}  # rounds of each
 _RATES = (1e-6, 1e-5, 1e-4)
+_STEP_COSTS = (
+    12.0,
+    40.0,
+    120.0,
+    400.0,
+)  # `tiny` on a core here; a GPU reads its weights in the time of 100 to 300 tokens
 _OWN_WARMUP_ROUNDS = 2
 _WARMUP_ROUNDS = 6  # until as much is written ahead as a round takes from it
-_GAIN, _OVERHEAD, _MAX_TOKENS = 1.44, 0.99, 256
+_GAIN, _NEVER_BELOW, _OVERHEAD, _MAX_TOKENS = 1.44, 0.97, 0.99, 256
 
 
 @cache
@@ -129,6 +138,7 @@ class Bench:
     policy: Policy
     clock: Callable[[], float] = time.perf_counter
     engine: Engine | None = None  # one that all sides use in turn; None: each has a torch engine
+    max_prompt: int = _MAX_PROMPT
 
     def side(
         self, config: RolloutConfig, tasks: Callable[[int], Sequence[Task]], *,
@@ -138,7 +148,7 @@ class Bench:
         policy, state = self.policy, self.policy.model.state_dict()
         engine = self.engine or TorchEngine(
             policy.model, eos_token_ids=policy.eos_token_ids, config=EngineConfig(max_slots=_MAX_SLOTS),
-            max_seq_len=config.max_new_tokens + _MAX_PROMPT,
+            max_seq_len=config.max_new_tokens + self.max_prompt,
         )  # fmt: skip
         if length is not None:
             enforce(engine, length)
@@ -212,23 +222,13 @@ def _settings(num_completions: int, *, learns: bool) -> dict[str, tuple[RolloutC
     return found
 
 
-def throughput(bench: Bench, workloads: Mapping[str, int]) -> tuple[dict[str, Any], list[Bar]]:
+def throughput(bench: Bench, workloads: Mapping[str, int], num_repeats: int) -> tuple[dict[str, Any], list[Bar]]:
     """Groups per second on the long tail. workloads: rounds of each."""
     figures: dict[str, Any] = {}
     bars = []
     for workload, num_rounds in workloads.items():
-        num_groups, num_completions = map(int, workload.split("x"))
-        tasks = _tasks(num_groups)
-        sides = {
-            name: bench.side(config, tasks, length=tail_length, learning_rate=rate)
-            for name, (config, rate) in _settings(num_completions, learns=bench.engine is None).items()
-        }
-        for round_index in range(num_rounds + _WARMUP_ROUNDS):
-            for side in sides.values():
-                side.play(tasks(round_index), round_index)
-        against = sides["synchronous"]
-        found = {name: _describe(side, None if side is against else against) for name, side in sides.items()}
-        figures[workload] = found | {"num_rounds": num_rounds}
+        found = _median_of([_play_all(bench, workload, num_rounds) for _ in range(num_repeats)])
+        figures[workload] = found | {"num_rounds": num_rounds, "num_repeats": num_repeats}
         for way, names in {
             "kept tokens, best fixed factor": [name for name in found if name.startswith("keep x")],
             "kept tokens, adaptive": ["keep, adaptive"],
@@ -238,9 +238,36 @@ def throughput(bench: Bench, workloads: Mapping[str, int]) -> tuple[dict[str, An
             if names:
                 best = max(found[name]["times_as_fast_as_synchronous"] for name in names)
                 bars.append(Bar(f"tiny, {workload}: {way}, against synchronous", best, _GAIN))
+        adaptive = [one["times_as_fast_as_synchronous"] for name, one in found.items() if "adaptive" in name]
+        bars.append(Bar(f"tiny, {workload}: the slowest adaptive one", min(adaptive), _NEVER_BELOW))
         idle = found["synchronous"]["idle_slot_share"] - found["keep x4"]["idle_slot_share"]
         bars.append(Bar(f"tiny, {workload}: share of slots idle, synchronous less partial", round(idle, 3), 0.0))
     return figures | {"lengths": _lengths(tail_length)}, bars
+
+
+def _play_all(bench: Bench, workload: str, num_rounds: int) -> dict[str, dict[str, Any]]:
+    """Let the sides take turns, and return what each did."""
+    num_groups, num_completions = map(int, workload.split("x"))
+    tasks = _tasks(num_groups)
+    sides = {
+        name: bench.side(config, tasks, length=tail_length, learning_rate=rate)
+        for name, (config, rate) in _settings(num_completions, learns=bench.engine is None).items()
+    }
+    for round_index in range(num_rounds + _WARMUP_ROUNDS):
+        for side in sides.values():
+            side.play(tasks(round_index), round_index)
+    against = sides["synchronous"]
+    return {name: _describe(side, None if side is against else against) for name, side in sides.items()}
+
+
+def _median_of(repeats: Sequence[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """Return the repeat in the middle, side by side; with the ratios of all of them."""
+    found = {}
+    for name, first in repeats[0].items():
+        key = "times_as_fast_as_synchronous" if "times_as_fast_as_synchronous" in first else "groups_per_s"
+        ordered = sorted((one[name] for one in repeats), key=lambda one: one[key])
+        found[name] = ordered[(len(ordered) - 1) // 2] | {f"{key}_each": [one[key] for one in ordered]}
+    return found
 
 
 def _lengths(length: Callable[[int], int]) -> dict[str, float]:
@@ -304,7 +331,7 @@ def overhead(bench: Bench, num_rounds: int) -> tuple[dict[str, Any], list[Bar]]:
 
 def own(workloads: Mapping[str, int], clock: Callable[[], float]) -> tuple[dict[str, Any], list[Bar]]:
     """A model's own lengths. workloads: rounds of each."""
-    bench = Bench(load_policy(ModelConfig(name="smollm2-135m")), clock)
+    bench = Bench(load_policy(ModelConfig(name="smollm2-135m")), clock, max_prompt=64)
     figures: dict[str, Any] = {}
     bars = []
     for workload, num_rounds in workloads.items():
@@ -341,12 +368,39 @@ def own(workloads: Mapping[str, int], clock: Callable[[], float]) -> tuple[dict[
     return figures, bars
 
 
+def reckoned() -> tuple[dict[str, Any], list[Bar]]:
+    """The best factor on paper, for machines on which a step costs as much as so many tokens. A bar: none."""
+    figures: dict[str, Any] = {}
+    for workload in _WORKLOADS:
+        num_groups, num_completions = map(int, workload.split("x"))
+        seeds = iter(range(400 * num_completions))
+        lengths = [[tail_length(next(seeds)) for _ in range(num_completions)] for _ in range(400)]
+        for step_cost in _STEP_COSTS:
+            costs = Costs(step_cost, 1.0)
+            plain = forecast(lengths, 8.0, 0.0, Plan(num_groups, num_groups, _MAX_SLOTS, False, False), costs)
+            for way, rate in {"keep": 0.0, "verify": 0.0, "verify, a token in a hundred changes": 0.01}.items():
+                found = {
+                    factor: plain
+                    / forecast(
+                        lengths, 8.0, rate,
+                        Plan(num_groups, round(factor * num_groups), _MAX_SLOTS, way != "keep", False), costs,
+                    )
+                    for factor in (1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+                }  # fmt: skip
+                best = max(found, key=lambda factor: found[factor])
+                figures[f"{workload}, a step costs {step_cost:g} tokens, {way}"] = {
+                    "times_as_fast_as_synchronous": round(found[best], 3), "over_provision": best,
+                }  # fmt: skip
+    return figures, []
+
+
 def main() -> None:
     """Run the parts that are asked for, and report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", default=",".join(_PARTS))
     parser.add_argument("--workloads", help="groups of a round x completions of a group, with commas")
     parser.add_argument("--engine", choices=("torch", "vllm"), default="torch")
+    parser.add_argument("--repeats", type=int, default=5, help="of throughput; the one in the middle is reported")
     parser.add_argument("--short", action="store_true", help="few rounds: to see that it runs")
     parser.add_argument("--cpu-time", action="store_true", help="one thread, CPU seconds: where other work goes on")
     args = parser.parse_args()
@@ -365,11 +419,12 @@ def main() -> None:
         return {one: 2 if few else usual.get(one, 10) for one in chosen}
 
     parts: dict[str, Callable[[], tuple[dict[str, Any], list[Bar]]]] = {
-        "throughput": lambda: throughput(bench, rounds({"4x4": 2} if few else {"2x4": 40, "4x4": 40, "8x8": 12})),
+        "throughput": lambda: throughput(bench, rounds({"4x4": 2} if few else _WORKLOADS), 1 if few else args.repeats),
         "discarded": lambda: discarded(bench, 12 if few else 200),
         "overhead": lambda: overhead(bench, 10 if few else 100),
         "own": lambda: own(rounds({"4x4": 4}), clock),
         "learning": lambda: learning(range(1 if few else 5), 20 if few else 40, clock),
+        "reckoned": reckoned,
     }
     figures: dict[str, Any] = {}
     bars: list[Bar] = []
