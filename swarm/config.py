@@ -237,7 +237,7 @@ class ScoringConfig(Section):
 
     num_workers: int = Field(1, ge=1, description="child processes that score")
     cpu_limit_s: float = Field(2.0, gt=0, description="processor time for one answer")
-    wall_limit_s: float = Field(5.0, gt=0, description="time for one answer, waiting for a core aside; then it has lost")
+    wall_limit_s: float = Field(5.0, gt=0, description="time for one answer, waiting for a core aside; then it loses")
     memory_limit_mb: int = Field(1024, ge=256, description="address space a child may add to what it starts with")
     max_answer_chars: int = Field(8192, ge=1, description="a longer extracted answer scores 0 unread")
 
