@@ -176,8 +176,8 @@ def engine_part(args: argparse.Namespace, roofline: dict[str, float]) -> tuple[d
         for key, workload in workloads.items():
             figure = figures[name][key] = measure(sides, workload, args, f"{name} {key}")
             add_limits(figure, workload, Shape.of(model), roofline)
-        if sides.engine._decode_step is not None:
-            figures[name]["num_graphs"] = sides.engine._decode_step.num_graphs
+        if sides.engine._slot_pass is not None:
+            figures[name]["num_graphs"] = sides.engine._slot_pass.num_graphs
         if args.profile and args.device == "cuda":
             for n in (8, max(args.batches)):
                 profile(sides, make_workload(vocab, n, args.prompt_len, (tokens,)), f"{name}, {n} requests")

@@ -1,12 +1,12 @@
 """What the contract is tested on: engines by name, over tiny random models of several families.
 
 SWARM_TEST_DEVICE names the device, as torch does; without it everything runs on the CPU. There the runners for other
-devices run as well: through the step that is recorded on a GPU, as it is. An engine is added by naming it in SETUPS and
-making it in `Kind.engine`.
+devices run as well: through the pass that is recorded on a GPU, as it is or recorded operation by operation. An engine
+is added by naming it in SETUPS and making it in `Kind.engine`.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -21,13 +21,15 @@ from swarm.drafting.speculator import MAX_DEPTH, Speculator
 from swarm.engine.base import Engine
 from swarm.engine.torch import TorchEngine
 from swarm.engine.torch.generic import GenericRunner
-from swarm.engine.torch.graphs import DecodeStep
+from swarm.engine.torch.graphs import GraphPool, Recorder
 from swarm.engine.torch.llama import LlamaRunner
 from swarm.engine.torch.native import NativeRunner
 from swarm.engine.torch.runner import ModelRunner
+from swarm.engine.torch.slot_pass import SlotPass
 from swarm.engine.vllm import VllmEngine, VllmHost
 from swarm.engine.vllm.installed import find_vllm, why_not
 from swarm.types import Completion
+from tests.unit.swarm.recording import OpsRecorder
 
 _SIZES: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -52,7 +54,8 @@ class Setup:
     runner: type[ModelRunner] | None
     dtype: torch.dtype
     batch_invariant: bool = False  # whether it promises the same bits whatever shares the batch
-    device_step: bool = False  # on the CPU: decode by the step for other devices
+    device_step: bool = False  # on the CPU: decode by the passes for other devices, which `recorder` records
+    recorder: Callable[[], Recorder | None] = lambda: None
     record_graphs: bool = True
 
     @property
@@ -74,7 +77,7 @@ SETUPS = {
     "native-bf16": Setup(NativeRunner, torch.bfloat16, batch_invariant=True),
     "llama-fp32": Setup(LlamaRunner, torch.float32),
     "generic-fp32": Setup(GenericRunner, torch.float32),
-    "llama-fp32-device-step": Setup(LlamaRunner, torch.float32, device_step=True),
+    "llama-fp32-device-step": Setup(LlamaRunner, torch.float32, device_step=True, recorder=OpsRecorder),
     "generic-fp32-device-step": Setup(GenericRunner, torch.float32, device_step=True),
 }
 if not ON_CPU:
@@ -161,7 +164,7 @@ class Kind:
             speculator=speculator,
         )  # fmt: skip
         if setup.device_step:
-            engine._decode_step = DecodeStep(engine._runner, max_slots, max_seq_len)
+            engine._slot_pass = SlotPass(engine._runner, max_slots, max_seq_len, GraphPool(setup.recorder()))
         return engine
 
 

@@ -19,6 +19,7 @@ from swarm.drafting.speculator import Speculator
 from swarm.drafting.suffix import SuffixDrafter
 from swarm.drafting.tuner import Strategy, StrategyTuner
 from swarm.engine.base import Request, SamplingParams
+from swarm.engine.torch import slot_pass
 from swarm.engine.torch.generic import GenericRunner
 from swarm.engine.torch.slots import Slots
 from swarm.types import Completion, Segment
@@ -250,6 +251,12 @@ def unchecked(drafter, propose, states, depth, budget, worth):
 def test_noise_of_another_position_does_not_pass(kind, monkeypatch):
     truth, engine = written(kind), engine_with(kind, drafter := Scripted(written(kind), 1.0))
     monkeypatch.setattr(engine, "_draw", lambda logits, rows, ahead=0, draw=engine._draw: draw(logits, rows))
+
+    def of_the_first(logits, seeds, positions, *rest, draw=slot_pass.sample_by_operations):
+        first = torch.where(seeds[:, None] == seeds, positions, positions.max()).amin(1)
+        return draw(logits, seeds, first, *rest)
+
+    monkeypatch.setattr(slot_pass, "sample_by_operations", of_the_first)
     monkeypatch.setattr(drafter, "propose", lambda *args, propose=drafter.propose: unchecked(drafter, propose, *args))
     monkeypatch.setattr(drafter, "verified", lambda *_: None)
     done = engine.generate(REQUESTS)

@@ -23,7 +23,6 @@ __all__ = [
     "attend_slots",
     "attend_within",
     "length_mask",
-    "position_mask",
     "rectangles",
     "window_mask",
 ]
@@ -64,22 +63,8 @@ def attend_slots(
     return torch.bmm(scores.softmax(-1), values).view(n, num_kv_heads * group * head_dim)
 
 
-def position_mask(totals: torch.Tensor, longest: int, dtype: torch.dtype, window: int = 0) -> torch.Tensor:
-    """Return what to add to decode scores, without a look at the lengths on the host.
-
-    totals: int64 [n], positions to attend to. window: only the last so many of them; 0: all.
-    returns: [n, 1, 1, longest].
-    """
-    position = torch.arange(longest, device=totals.device)
-    outside = position >= totals[:, None]
-    if window:
-        outside |= position < totals[:, None] - window
-    mask = torch.zeros(outside.shape, device=totals.device, dtype=dtype).masked_fill_(outside, -torch.inf)
-    return mask[:, None, None]
-
-
 def attend_within(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Attend with one query token per slot, already scaled, by the fused kernel.
+    """Attend with scaled queries of each slot, those that share a KV head beside each other, by the fused kernel.
 
     query: [n, num_kv_heads, group, head_dim]. keys, values: [>= n, num_kv_heads, capacity, head_dim].
     mask: [n, 1, 1 or group, longest]. returns: [n, num_kv_heads * group * head_dim].
@@ -118,35 +103,41 @@ class Extension:
         rectangle = query.new_zeros(self.num_slots * self.num_new, num_kv_heads, group, head_dim)
         rectangle[self.places] = query
         rows = rectangle.view(self.num_slots, self.num_new, num_kv_heads, group, head_dim).permute(0, 2, 3, 1, 4)
-        return attend_rows(rows, keys, values, mask).flatten(0, 1)[self.places]
+        attended = attend_rows(rows, keys, values, mask, fused=query.device.type != "cpu")
+        return attended.flatten(0, 1)[self.places]
 
 
 def window_mask(limits: torch.Tensor, group: int, longest: int, dtype: torch.dtype, window: int = 0) -> torch.Tensor:
-    """Return what to add to the scores of several queries per slot. limits: [n, num_new], positions to attend to.
+    """Return what to add to the scores of queries, without a look at their limits on the host.
 
-    window: only the last so many of them; 0: all. returns: [n, 1, group * num_new, longest].
+    limits: [n, num_new], positions to attend to. window: only the last so many of them; 0: all.
+    returns: [n, 1, group * num_new, longest], or [n, 1, 1, longest] for one query token per slot.
     """
     position = torch.arange(longest, device=limits.device)
     outside = position >= limits[:, :, None]
     if window:
         outside |= position < limits[:, :, None] - window
     mask = torch.zeros(outside.shape, device=limits.device, dtype=dtype).masked_fill_(outside, -torch.inf)
+    if limits.shape[1] == 1:
+        return mask[:, None]
     return mask[:, None].expand(-1, group, -1, -1).flatten(1, 2)[:, None]
 
 
-def attend_rows(rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Attend with several scaled queries per slot. rows: [n, num_kv_heads, group, num_new, head_dim].
+def attend_rows(
+    rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, *, fused: bool
+) -> torch.Tensor:
+    """Attend with one or more scaled queries per slot. rows: [n, num_kv_heads, group, num_new, head_dim].
 
-    keys, values: [>= n, num_kv_heads, capacity, head_dim]. mask: [n, 1, group * num_new, longest].
-    returns: [n, num_new, num_kv_heads * group * head_dim].
+    keys, values: [>= n, num_kv_heads, capacity, head_dim]. mask: `window_mask`.
+    fused: by the fused kernel, or by matmuls. returns: [n, num_new, num_kv_heads * group * head_dim].
     """
     n, num_kv_heads, group, num_new, head_dim = rows.shape
     query = rows.flatten(2, 3)
-    if query.device.type == "cpu":
+    if fused:
+        attended = attend_within(query, keys, values, mask)
+    else:
         wide = mask.expand(n, num_kv_heads, -1, -1).flatten(0, 1)
         attended = attend_slots(query, keys, values, mask.shape[-1], wide)
-    else:
-        attended = attend_within(query, keys, values, mask)
     heads = attended.view(n, num_kv_heads * group, num_new, head_dim)
     return heads.transpose(1, 2).flatten(2)
 

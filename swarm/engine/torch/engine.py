@@ -4,8 +4,8 @@
            token of all, or verify what drafters propose for them
 
 What it is made of: `runner` runs the model, `sampling` draws tokens, `slots` holds what is running, and off
-the CPU `graphs` records what a step does. It exists because no library gives batched speculation, partial
-rollouts and live weights at once.
+the CPU `slot_pass` does both as one piece, which `graphs` records. It exists because no library gives batched
+speculation, partial rollouts and live weights at once.
 """
 
 from collections import deque
@@ -29,11 +29,12 @@ from swarm.engine.base import (
     weight_shapes,
 )
 from swarm.engine.torch.generic import GenericRunner
-from swarm.engine.torch.graphs import DecodeStep
+from swarm.engine.torch.graphs import CudaRecorder, GraphPool
 from swarm.engine.torch.llama import LlamaRunner
 from swarm.engine.torch.native import NativeRunner
 from swarm.engine.torch.runner import ModelRunner
 from swarm.engine.torch.sampling import Mode, sample
+from swarm.engine.torch.slot_pass import SlotPass
 from swarm.engine.torch.slots import Running, Slots
 from swarm.types import Completion, FinishReason
 
@@ -65,7 +66,7 @@ class TorchEngine(Engine):
         """max_seq_len: prompt and completion, in tokens; 0 takes the config's, or the model's limit.
 
         runner: what runs the model; None takes the first that supports it.
-        record_graphs: whether to record decode steps as graphs on a device that has them.
+        record_graphs: whether to record passes as graphs on a device that has them.
         speculator: what drafts; None: what the config names.
         """
         kinds = (NativeRunner, LlamaRunner, GenericRunner) if runner is None else (runner,)
@@ -77,9 +78,11 @@ class TorchEngine(Engine):
         with torch.inference_mode():
             self._runner: ModelRunner = kind(model, config.max_slots, self.max_seq_len)
             self._slots = Slots(config.max_slots, self.max_seq_len, sorted(eos_token_ids))
-            self._decode_step: DecodeStep | None = None
-            if self._runner.device.type != "cpu":
-                self._decode_step = DecodeStep(self._runner, config.max_slots, self.max_seq_len, record=record_graphs)
+            self._slot_pass: SlotPass | None = None
+            device = self._runner.device
+            if device.type != "cpu":
+                graphs = GraphPool(CudaRecorder(device) if record_graphs and device.type == "cuda" else None)
+                self._slot_pass = SlotPass(self._runner, config.max_slots, self.max_seq_len, graphs)
             else:
                 self.step_cost_tokens, self.prefill_cost_tokens = _CPU_STEP_COST_TOKENS, _CPU_PREFILL_COST_TOKENS
         self.speculator = speculator or make_speculator(config.speculation)
@@ -119,8 +122,7 @@ class TorchEngine(Engine):
             speculator = self.speculator
             states = self._states() if speculator is not None and speculator.begin(n) else []
             drafts = speculator.propose(states, self._runner.vocab_size) if speculator is not None and states else []
-            drafted = any(drafts) or (bool(states) and self._lacks_states(states))
-            finished = self._decode_drafts(states, drafts) if drafted else self._decode()
+            finished = self._decode_drafts(states, drafts) if any(drafts) else self._decode()
             if speculator is not None:
                 speculator.end(n, self.stats.num_tokens_generated - before)
             done += self._finish(finished)
@@ -131,10 +133,12 @@ class TorchEngine(Engine):
     def _decode(self) -> Sequence[tuple[Running, FinishReason]]:
         """Decode one token of every slot; return those that have finished."""
         slots, n = self._slots, len(self._slots)
-        if self._decode_step is not None:
-            tokens, logprobs = self._decode_step(slots)
+        cached = slots.cached[:n].tolist()
+        if self._slot_pass is not None:
+            drawn = self._slot_pass(slots, keep_states=self._shows_states)
+            self._show(cached, [1] * n, drawn.states)
+            tokens, logprobs = drawn.tokens, drawn.logprobs
         else:
-            cached = slots.cached[:n].tolist()
             hidden = self._runner.decode(torch.from_numpy(slots.last_tokens[:n]), cached)
             self._show(cached, [1] * n, hidden)
             tokens, logprobs = self._draw(self._runner.logits(hidden), slice(0, n))
@@ -156,11 +160,12 @@ class TorchEngine(Engine):
             states.append(state)
         return states
 
-    def _lacks_states(self, states: Sequence[SequenceState]) -> bool:
-        """Whether the drafter could not draft because decode steps that are graphs show it nothing."""
-        return self._decode_step is not None and self.speculator is not None and not self.speculator.can_draft(states)
+    @property
+    def _shows_states(self) -> bool:
+        """Whether a drafter wants to see states."""
+        return self.speculator is not None and self.speculator.num_states > 0
 
-    def _show(self, firsts: Sequence[int], counts: Sequence[int], hidden: torch.Tensor) -> None:
+    def _show(self, firsts: Sequence[int], counts: Sequence[int], hidden: torch.Tensor | None) -> None:
         """Hand states to drafters that want them: `counts` of each slot, one after another, from `firsts` on."""
         if self.speculator is not None and self.speculator.num_states:
             ids = [running.request.request_id for running in self._slots]
@@ -176,16 +181,22 @@ class TorchEngine(Engine):
     ) -> Sequence[tuple[Running, FinishReason]]:
         """Verify a draft, maybe empty, for every slot in one forward pass; return those that have finished."""
         slots, members = self._slots, list(self._slots)
-        flat: list[int] = []
-        for draft, last in zip(drafts, slots.last_tokens[: len(members)].tolist(), strict=True):
-            flat += [last, *draft]
         num_drawn = [len(draft) + 1 for draft in drafts]
         cached = slots.cached[: len(members)].tolist()
-        hidden = self._runner.extend(torch.tensor(flat, device=self._runner.device), num_drawn, cached)
-        self._show(cached, num_drawn, hidden)
-        starts = (np.cumsum(num_drawn) - num_drawn).tolist()
+        if self._slot_pass is not None and self._slot_pass.fits(drafts):
+            drawn = self._slot_pass(slots, drafts, keep_states=self._shows_states)
+            self._show(cached, num_drawn, drawn.states)
+            tokens, logprobs = drawn.tokens, drawn.logprobs
+        else:
+            flat: list[int] = []
+            for draft, last in zip(drafts, slots.last_tokens[: len(members)].tolist(), strict=True):
+                flat += [last, *draft]
+            hidden = self._runner.extend(torch.tensor(flat, device=self._runner.device), num_drawn, cached)
+            self._show(cached, num_drawn, hidden)
+            starts = (np.cumsum(num_drawn) - num_drawn).tolist()
+            tokens, logprobs = self._draw_along(hidden, [running.slot for running in members], starts, num_drawn)
         finished: list[tuple[Running, FinishReason]] = []
-        outcome = self._verify(hidden, list(zip(members, drafts, starts, strict=True)))
+        outcome = self._keep(members, drafts, tokens, logprobs)
         for running, state, draft, (gained, kept, reason) in zip(members, states, drafts, outcome, strict=True):
             self.stats.num_speculated_tokens += len(draft)
             self.stats.num_speculated_tokens_kept += kept
@@ -260,10 +271,13 @@ class TorchEngine(Engine):
         hidden: [sum(num_drawn), hidden], what each group of requests with one sequence draws from.
         """
         starts = (np.cumsum(num_drawn) - num_drawn).tolist()
-        drafted = [(running, running.request.draft, start) for group, start in zip(groups, starts, strict=True)
-                   for running in group]  # fmt: skip
+        places = [(running, start) for group, start in zip(groups, starts, strict=True) for running in group]
+        members, drafts = [running for running, _ in places], [running.request.draft for running, _ in places]
+        nums = [len(draft) + 1 for draft in drafts]
+        drawn = self._draw_along(hidden, [running.slot for running in members], [start for _, start in places], nums)
         finished: list[tuple[Running, FinishReason]] = []
-        for (running, draft, _), (gained, kept, reason) in zip(drafted, self._verify(hidden, drafted), strict=True):
+        outcome = self._keep(members, drafts, *drawn)
+        for running, draft, (gained, kept, reason) in zip(members, drafts, outcome, strict=True):
             self.stats.num_draft_tokens += len(draft)
             self.stats.num_draft_tokens_kept += kept
             self.stats.num_tokens_generated += gained - kept
@@ -274,28 +288,39 @@ class TorchEngine(Engine):
                 finished.append((running, reason))
         return self._finish(finished)
 
-    def _verify(
-        self, hidden: torch.Tensor, drafted: Sequence[tuple[Running, Sequence[int], int]]
-    ) -> list[tuple[int, int, FinishReason | None]]:
-        """Draw every token along drafts, and keep what is equal, and the first own token.
+    def _draw_along(
+        self, hidden: torch.Tensor, slots: Sequence[int], starts: Sequence[int], nums: Sequence[int]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Draw every token along drafts. hidden: [num_rows, hidden].
 
-        hidden: [num_rows, hidden]. drafted: who has a draft, the draft, and its first row of `hidden`. Returns for each
-        of them how many tokens it gained, how many of these are the draft's, and why it has finished, if it has.
+        slots, starts, nums: where each draft is verified, its first row of `hidden`, and its rows. Returns the tokens
+        and their log-probabilities, draft after draft.
         """
-        nums = [len(draft) + 1 for _, draft, _ in drafted]
-        sources = np.concatenate([np.arange(at, at + num) for (_, _, at), num in zip(drafted, nums, strict=True)])
+        sources = np.concatenate([np.arange(at, at + num) for at, num in zip(starts, nums, strict=True)])
         ahead = np.concatenate([np.arange(num) for num in nums])
-        where = np.repeat([running.slot for running, _, _ in drafted], nums)
+        where = np.repeat(slots, nums)
         parts = []
         for first in range(0, len(sources), _DRAWN_ROWS):
             rows = slice(first, first + _DRAWN_ROWS)
             source = torch.from_numpy(sources[rows]).to(hidden.device)
             parts.append(self._draw(self._runner.logits(hidden[source]), where[rows], ahead[rows]))
         tokens, logprobs = (np.concatenate(part) for part in zip(*parts, strict=True))
+        return tokens, logprobs
+
+    def _keep(
+        self, members: Sequence[Running], drafts: Sequence[Sequence[int]], tokens: np.ndarray, logprobs: np.ndarray
+    ) -> list[tuple[int, int, FinishReason | None]]:
+        """Keep of drafts what is equal to the drawn tokens, and the first own token.
+
+        tokens, logprobs: drawn along the drafts, one after another. Returns for each of them how many tokens it gained,
+        how many of these are the draft's, and why it has finished, if it has.
+        """
         outcome: list[tuple[int, int, FinishReason | None]] = []
-        for (running, draft, _), num, end in zip(drafted, nums, np.cumsum(nums).tolist(), strict=True):
+        end = 0
+        for running, draft in zip(members, drafts, strict=True):
+            begin, end = end, end + len(draft) + 1
             before = int(self._slots.generated[running.slot])
-            kept, reason = self._slots.verify(running, draft, tokens[end - num : end], logprobs[end - num : end])
+            kept, reason = self._slots.verify(running, draft, tokens[begin:end], logprobs[begin:end])
             outcome.append((int(self._slots.generated[running.slot]) - before, kept, reason))
         return outcome
 
@@ -369,6 +394,6 @@ class TorchEngine(Engine):
     def close(self) -> None:
         """Drop the requests, the weights and the cache; the engine cannot be used afterwards."""
         self._waiting.clear()
-        self.__dict__.pop("_decode_step", None)
+        self.__dict__.pop("_slot_pass", None)
         self.__dict__.pop("_runner", None)
         self.__dict__.pop("_slots", None)

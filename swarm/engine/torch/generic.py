@@ -22,9 +22,7 @@ from swarm.engine.torch.attention import (
     Extension,
     attend_rows,
     attend_slots,
-    attend_within,
     length_mask,
-    position_mask,
     window_mask,
 )
 from swarm.engine.torch.linear import PackedLinear, can_pack
@@ -44,18 +42,21 @@ class _Pass:
     """What the attention function needs to know of the forward pass that runs."""
 
     def __init__(
-        self, slots: torch.Tensor, positions: torch.Tensor, longest: int, lengths: Sequence[int] | None
-    ) -> None:
+        self, slots: torch.Tensor, positions: torch.Tensor, longest: int, lengths: Sequence[int] | None = None,
+        *, fused: bool = False,
+    ) -> None:  # fmt: skip
         """slots: [batch]. positions: [batch, num_new]. longest: more than any position.
 
-        lengths: of decoding on a CPU, tokens that each slot holds; None elsewhere and in prefill.
+        lengths: of decoding on a CPU, tokens that each slot holds; None elsewhere and in prefill. fused: whether slots
+        are attended to by the fused kernel.
         """
         self.slots, self.positions, self.longest, self.lengths = slots, positions, longest, lengths
+        self.fused = fused
         self.decoding = False
-        self.masks: dict[tuple[int, int], torch.Tensor | None] = {}  # (num_kv_heads or -group, window) -> decode mask
+        self.masks: dict[tuple[int, int], torch.Tensor | None] = {}  # (num_kv_heads or -group, window) -> mask
 
     def wide_mask(self, group: int, window: int, dtype: torch.dtype) -> torch.Tensor:
-        """Return what to add to the scores of several new tokens of each slot; made once likewise."""
+        """Return what to add to the scores of new tokens of each slot; made once for all layers of one kind."""
         key = (-group, window)
         if key not in self.masks:
             self.masks[key] = window_mask(self.positions + 1, group, self.longest, dtype, window)
@@ -63,17 +64,15 @@ class _Pass:
         assert mask is not None
         return mask
 
-    def mask(self, num_kv_heads: int, window: int, dtype: torch.dtype) -> torch.Tensor | None:
-        """Return what to add to the scores of a decode step; made once for all layers of one kind."""
+    def mask(self, lengths: Sequence[int], num_kv_heads: int, window: int, dtype: torch.dtype) -> torch.Tensor | None:
+        """Return what to add to the scores of a decode step on a CPU; made once likewise."""
         key = (num_kv_heads, window)
         if key not in self.masks:
-            self.masks[key] = self._mask(num_kv_heads, window, dtype)
+            self.masks[key] = self._mask(lengths, num_kv_heads, window, dtype)
         return self.masks[key]
 
-    def _mask(self, num_kv_heads: int, window: int, dtype: torch.dtype) -> torch.Tensor | None:
-        if self.lengths is None:
-            return position_mask(self.positions[:, 0] + 1, self.longest, dtype, window)
-        totals = [length + 1 for length in self.lengths]
+    def _mask(self, lengths: Sequence[int], num_kv_heads: int, window: int, dtype: torch.dtype) -> torch.Tensor | None:
+        totals = [length + 1 for length in lengths]
         mask = length_mask(totals, num_kv_heads, self.slots.device, dtype)
         if window and self.longest > window:
             limits = torch.tensor(totals).repeat_interleave(num_kv_heads)[:, None]
@@ -154,17 +153,14 @@ def _attend(
         return out.transpose(1, 2), None
     side = cache.side(int(module.layer_idx), keys)  # type: ignore[arg-type]
     num_kv_heads = keys.shape[1]
-    if query.shape[2] > 1:
+    if current.lengths is None:
         rows = (query.to(side.dtype) * scale).unflatten(1, (num_kv_heads, -1))  # [batch, kv heads, group, num_new, dim]
-        mask = current.wide_mask(rows.shape[2], sliding_window or 0, side.dtype)
-        attended = attend_rows(rows, side[0], side[1], mask)
+        wide = current.wide_mask(rows.shape[2], sliding_window or 0, side.dtype)
+        attended = attend_rows(rows, side[0], side[1], wide, fused=current.fused)
         return attended.to(query.dtype).unflatten(2, (query.shape[1], -1)), None
-    mask = current.mask(num_kv_heads, sliding_window or 0, side.dtype)
+    mask = current.mask(current.lengths, num_kv_heads, sliding_window or 0, side.dtype)
     scaled = (query[:, :, 0].to(side.dtype) * scale).unflatten(1, (num_kv_heads, -1))
-    if current.lengths is None and mask is not None:
-        attended = attend_within(scaled, side[0], side[1], mask)
-    else:
-        attended = attend_slots(scaled, side[0], side[1], current.longest, mask)
+    attended = attend_slots(scaled, side[0], side[1], current.longest, mask)
     return attended.to(query.dtype).view(query.shape[0], 1, query.shape[1], -1), None
 
 
@@ -262,7 +258,7 @@ class GenericRunner(ModelRunner):
             places = torch.tensor([slots[index] for index in members], device=self.device)
             length = tokens.shape[1]
             positions = torch.arange(length, device=self.device).expand(tokens.shape)
-            current, most = _Pass(places, positions, length, None), max(num_last[index] for index in members)
+            current, most = _Pass(places, positions, length), max(num_last[index] for index in members)
             logits = self._forward(tokens, current, decoding=False, num_last=most)
             last.update((index, rows[most - num_last[index] :]) for index, rows in zip(members, logits, strict=True))
         return torch.cat([last[index] for index in range(len(sequences))])
@@ -270,7 +266,10 @@ class GenericRunner(ModelRunner):
     def decode(self, tokens: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
         """Append one token to each slot; see ModelRunner."""
         positions, longest = torch.tensor(lengths, device=self.device), max(lengths) + 1
-        return self._decode(tokens, positions, longest, lengths if self.device.type == "cpu" else None)
+        if self.device.type != "cpu":
+            return self.extend_within(tokens[:, None], positions[:, None], longest)
+        slots = torch.arange(len(tokens))
+        return self._forward(tokens[:, None], _Pass(slots, positions[:, None], longest, lengths), decoding=True)[:, 0]
 
     def extend(self, tokens: torch.Tensor, counts: Sequence[int], lengths: Sequence[int]) -> torch.Tensor:
         """Append several tokens to each slot, the last one again where others have more; see ModelRunner."""
@@ -278,20 +277,17 @@ class GenericRunner(ModelRunner):
         ends = torch.tensor(counts, device=self.device)
         last = (ends - 1)[:, None].minimum(torch.arange(new.num_new, device=self.device))  # [n, num_new]
         rows = (ends.cumsum(0) - ends)[:, None] + last
-        slots = torch.arange(new.num_slots, device=self.device)
-        current = _Pass(slots, new.positions[rows], new.longest, None)
-        logits = self._forward(tokens[rows], current, decoding=True, num_last=new.num_new)
-        return logits.flatten(0, 1)[new.places]
+        fused = self.device.type != "cpu"
+        return self._extend(tokens[rows], new.positions[rows], new.longest, fused=fused)[new.places]
 
-    def decode_within(self, tokens: torch.Tensor, lengths: torch.Tensor, longest: int) -> torch.Tensor:
-        """Append one token to each slot, recordably where the model's own code is; see ModelRunner."""
-        return self._decode(tokens, lengths, longest, None)
+    def extend_within(self, tokens: torch.Tensor, positions: torch.Tensor, longest: int) -> torch.Tensor:
+        """Append as many tokens to each slot, recordably where the model's own code is; see ModelRunner."""
+        return self._extend(tokens, positions, longest, fused=True)
 
-    def _decode(
-        self, tokens: torch.Tensor, positions: torch.Tensor, longest: int, lengths: Sequence[int] | None
-    ) -> torch.Tensor:
+    def _extend(self, tokens: torch.Tensor, positions: torch.Tensor, longest: int, *, fused: bool) -> torch.Tensor:
         slots = torch.arange(len(tokens), device=self.device)
-        return self._forward(tokens[:, None], _Pass(slots, positions[:, None], longest, lengths), decoding=True)[:, 0]
+        current = _Pass(slots, positions, longest, fused=fused)
+        return self._forward(tokens, current, decoding=True, num_last=tokens.shape[1]).flatten(0, 1)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """The model's own forward pass has applied its head; see ModelRunner."""

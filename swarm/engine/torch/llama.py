@@ -6,8 +6,8 @@ matmul, the rotation as one complex product. Rows of the query and key weights a
 the two halves of a rotated pair lie side by side; scores do not change, since both get the same order.
 
 On CPUs the cache and the attention are float32 whatever the weights are: batched matmuls of a few rows
-are faster in float32 there, and more exact. Elsewhere nothing in a decode step waits for the device, and new weights
-go where the old ones lie, so that a step can be recorded as a graph.
+are faster in float32 there, and more exact. Nothing in `extend_within` waits for the device, and new weights that are
+not packed go where the old ones lie, so that a pass can be recorded as a graph.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -21,10 +21,9 @@ from swarm.engine.torch.attention import (
     Extension,
     attend_prefill,
     attend_rectangles,
+    attend_rows,
     attend_slots,
-    attend_within,
     length_mask,
-    position_mask,
     rectangles,
     window_mask,
 )
@@ -144,7 +143,7 @@ class LlamaRunner(ModelRunner):
     def load(self, state: Mapping[str, torch.Tensor]) -> None:
         """Take new weights; see ModelRunner."""
         state = {name: tensor.detach().to(self.device, self.dtype) for name, tensor in state.items()}
-        if self._layers and self.device.type != "cpu":
+        if self._layers and not self.head.packed:
             self.embedding.copy_(state["model.embed_tokens.weight"])
             self.head.weight.copy_(state.get("lm_head.weight", self.embedding))
             if self.final_norm is not None:
@@ -230,16 +229,22 @@ class LlamaRunner(ModelRunner):
         """Append one token to each slot; see ModelRunner."""
         positions, longest = torch.tensor(lengths, device=self.device), max(lengths) + 1
         if self.device.type != "cpu":
-            return self.decode_within(tokens, positions, longest)
+            return self.extend_within(tokens[:, None], positions[:, None], longest)
         mask = length_mask([length + 1 for length in lengths], self.num_kv_heads, self.device, self.cache_dtype)
         return self._decode(
             tokens, positions, lambda query, cache: attend_slots(query, cache[0], cache[1], longest, mask)
         )
 
-    def decode_within(self, tokens: torch.Tensor, lengths: torch.Tensor, longest: int) -> torch.Tensor:
-        """Append one token to each slot, recordably; see ModelRunner."""
-        mask = position_mask(lengths + 1, longest, self.cache_dtype)
-        return self._decode(tokens, lengths, lambda query, cache: attend_within(query, cache[0], cache[1], mask))
+    def extend_within(self, tokens: torch.Tensor, positions: torch.Tensor, longest: int) -> torch.Tensor:
+        """Append as many tokens to each slot, recordably; see ModelRunner."""
+        slots = torch.arange(len(tokens), device=self.device)[:, None].expand_as(tokens)
+        mask = window_mask(positions + 1, self.num_heads // self.num_kv_heads, longest, self.cache_dtype)
+
+        def attend(query: torch.Tensor, cache: torch.Tensor) -> torch.Tensor:
+            rows = query.unflatten(0, tokens.shape).permute(0, 2, 3, 1, 4)  # [n, kv heads, group, num_new, head_dim]
+            return attend_rows(rows, cache[0], cache[1], mask, fused=True).flatten(0, 1)
+
+        return self._decode(tokens.flatten(), positions.flatten(), attend, slots.flatten())
 
     def _decode(
         self,

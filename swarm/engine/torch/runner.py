@@ -67,10 +67,12 @@ class ModelRunner(ABC):
         returns: [sum(counts), hidden], those that `decode` gives token by token.
         """
 
-    def decode_within(self, tokens: torch.Tensor, lengths: torch.Tensor, longest: int) -> torch.Tensor:
-        """Like `decode`, with lengths that lie on the device, each less than `longest`.
+    def extend_within(self, tokens: torch.Tensor, positions: torch.Tensor, longest: int) -> torch.Tensor:
+        """Append as many tokens to each of the slots 0 to n - 1, at positions that lie on the device.
 
-        Nothing in it waits for the device, so that it can be recorded as a graph. Runners for the CPU lack it.
+        tokens, positions: int64 [n, num_new]; a token may come again at its position. longest: more than any position.
+        returns: [n * num_new, hidden], slot after slot. Nothing in it waits for the device, so that it can be recorded
+        as a graph. Runners for the CPU alone lack it.
         """
         raise NotImplementedError(f"{type(self).__name__} runs on the CPU alone")
 
@@ -86,7 +88,7 @@ class ModelRunner(ABC):
     def load(self, state: Mapping[str, torch.Tensor]) -> None:
         """Take new weights by the names of the model's `state_dict`. The cache is stale afterwards.
 
-        Off the CPU they go where the old ones lie: recorded graphs hold their addresses.
+        They go where the old ones lie, but for packed ones: recorded graphs hold their addresses.
         """
 
     def move(self, source: int, target: int, length: int) -> None:

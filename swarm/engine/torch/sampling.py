@@ -21,7 +21,7 @@ import torch
 from swarm.engine.torch.noise import gumbel
 from swarm.native import kernels
 
-__all__ = ["Mode", "block_size", "sample"]
+__all__ = ["Mode", "block_size", "sample", "sample_by_operations"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,10 +111,10 @@ def sample(
         return library.draw(
             logits, seeds, positions, temperature, vocab_size=vocab, width=block_size(vocab), tokens=vocabulary
         )
-    return _by_operations(logits, seeds, positions, temperature, top_k, top_p, mode)
+    return sample_by_operations(logits, seeds, positions, temperature, top_k, top_p, mode)
 
 
-def _by_operations(
+def sample_by_operations(
     logits: torch.Tensor,
     seeds: torch.Tensor,
     positions: torch.Tensor,
@@ -123,7 +123,7 @@ def _by_operations(
     top_p: torch.Tensor | None,
     mode: Mode,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See sample."""
+    """Like `sample`, without the compiled kernels. Nothing in it waits for the device, so that it can be recorded."""
     num_rows, vocab = logits.shape
     scaled = logits.float() if logits.device.type == "cpu" or mode.scaled or mode.truncated else logits
     if mode.scaled:

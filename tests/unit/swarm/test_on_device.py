@@ -183,7 +183,7 @@ def test_a_model_that_cannot_be_recorded_is_decoded_all_the_same(monkeypatch):
             model, eos_token_ids=(), config=EngineConfig(max_slots=4), max_seq_len=64, runner=GenericRunner,
             record_graphs=record_graphs,
         )  # fmt: skip
-        return [one.token_ids for one in engine.generate(asked)], engine._decode_step.num_graphs
+        return [one.token_ids for one in engine.generate(asked)], engine._slot_pass.num_graphs
 
     expected, num_graphs = write(record_graphs=True)
     assert num_graphs > 0
