@@ -116,10 +116,6 @@ class Drafter(ABC):
         """
         return
 
-    def can_draft(self, states: Sequence[SequenceState]) -> bool:
-        """Whether `propose` has what it needs; if not, a pass without drafts shall bring the states."""
-        return True
-
     @abstractmethod
     def propose(
         self, states: Sequence[SequenceState], depth: int, budget: int, worth: Worth = UNKNOWN

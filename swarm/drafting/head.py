@@ -206,10 +206,6 @@ class HeadDrafter(Drafter):
         """See Drafter."""
         self._seen.append(_Pass(seen, states))
 
-    def can_draft(self, states: Sequence[SequenceState]) -> bool:
-        """Whether the last state of any sequence is known; else a pass without drafts has to bring it."""
-        return any(self._find(state, len(state.tokens) - 2) is not None for state in states)
-
     def _find(self, state: SequenceState, position: int) -> tuple[Tensor, Seen] | None:
         """Return the pass that has the state after the token of a position, and where the sequence's states are."""
         for seen in reversed(self._seen):

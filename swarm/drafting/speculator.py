@@ -88,10 +88,6 @@ class Speculator:
             if drafter.num_states:
                 drafter.saw(seen, states)
 
-    def can_draft(self, states: Sequence[SequenceState]) -> bool:
-        """Whether the chosen drafter has what it needs; see Drafter."""
-        return self.drafters[self._chosen.drafter].can_draft(states)
-
     def propose(self, states: Sequence[SequenceState], vocab_size: int) -> list[list[int]]:
         """Return the drafts of the chosen strategy. Raises ValueError for one that no engine could verify: a bug."""
         chosen = self._chosen

@@ -252,9 +252,9 @@ def test_noise_of_another_position_does_not_pass(kind, monkeypatch):
     truth, engine = written(kind), engine_with(kind, drafter := Scripted(written(kind), 1.0))
     monkeypatch.setattr(engine, "_draw", lambda logits, rows, ahead=0, draw=engine._draw: draw(logits, rows))
 
-    def of_the_first(logits, seeds, positions, *rest, draw=slot_pass.sample_by_operations):
+    def of_the_first(logits, seeds, positions, *rest, draw=slot_pass.sample_by_operations, **more):
         first = torch.where(seeds[:, None] == seeds, positions, positions.max()).amin(1)
-        return draw(logits, seeds, first, *rest)
+        return draw(logits, seeds, first, *rest, **more)
 
     monkeypatch.setattr(slot_pass, "sample_by_operations", of_the_first)
     monkeypatch.setattr(drafter, "propose", lambda *args, propose=drafter.propose: unchecked(drafter, propose, *args))

@@ -137,7 +137,7 @@ class SlotPass:
             column[:, None].expand(-1, num_new).flatten() for column in (seeds, temperature, top_k, top_p)
         )  # [num_slots * num_new] each
         places = (generated[:, None] + ahead).flatten()
-        drawn, logprobs = sample_by_operations(logits, noise, places, *settings, shape.mode)
+        drawn, logprobs = sample_by_operations(logits, noise, places, *settings, mode=shape.mode)
         self._drawn[: len(drawn), 0] = drawn
         self._drawn[: len(drawn), 1] = logprobs.view(torch.int32)
         if shape.keeps_states:

@@ -146,9 +146,7 @@ def test_what_is_drafted_is_what_the_network_says(layer):
     drafter.saw(lambda: [Seen(7, 8, 0, 1)], states[8:9])
     state.append(tokens[8:10])
     assert drafter.propose([state], 3, 16) == [expected(tokens[:10], states[:9], 3)]
-    assert drafter.can_draft([state])
     state.append(tokens[10:11])  # decoded, and nobody has seen its state
-    assert not drafter.can_draft([state])
     assert drafter.propose([state], 3, 16) == [[]]
 
 
