@@ -71,9 +71,9 @@ class NetworkConfig(Section):
     )
     auto_relay: bool = Field(False, description="whether to become reachable through a relay, behind a firewall")
     trusted_relays: tuple[str, ...] = Field(
-        (), description="multiaddresses of relays for auto_relay; empty: any, three minutes after the start"
+        (), description="multiaddresses of relays for auto_relay; empty: any (hivemind: three minutes after the start)"
     )
-    nat_port_map: bool = Field(True, description="whether the router is asked to forward the ports (UPnP, NAT-PMP)")
+    nat_port_map: bool = Field(True, description="whether the router is asked to forward the ports (hivemind)")
     auto_nat: bool = Field(True, description="whether peers are asked, and told, if they can be reached from outside")
     reachability: Literal["auto", "public", "private"] = Field(
         "auto", description="from outside; auto: found out by auto_nat (bootstrap: public)"
@@ -81,8 +81,6 @@ class NetworkConfig(Section):
 
     @model_validator(mode="after")
     def _fit_together(self) -> Self:
-        if self.transport == "libp2p" and self.auto_relay:
-            raise ValueError("network.auto_relay is hivemind's: with network.transport=libp2p set it to false")
         if self.trusted_relays and not self.auto_relay:
             raise ValueError("network.trusted_relays are for network.auto_relay: set it to true")
         if self.auto_relay and not self.relay:

@@ -103,11 +103,23 @@ def make_transport(config: RunConfig, identity: Identity, listen: tuple[str, ...
     network, validator = config.network, record_validator(config.swarm.swarm_id)
     listen = listen or network.listen or _LISTEN
     if network.transport == "libp2p":
-        settings = Libp2pSettings(
-            swarm_id=config.swarm.swarm_id, listen=listen, announce=network.announce, mdns=network.mdns
-        )
-        return Libp2pTransport(identity, validator, settings)
+        return Libp2pTransport(identity, validator, _libp2p_settings(config, listen))
     return HivemindTransport(identity, validator, _hivemind_settings(network, listen))
+
+
+def _libp2p_settings(config: RunConfig, listen: tuple[str, ...]) -> Libp2pSettings:
+    network = config.network
+    return Libp2pSettings(
+        swarm_id=config.swarm.swarm_id,
+        listen=listen,
+        announce=network.announce,
+        relay=network.relay,
+        auto_relay=network.auto_relay,
+        trusted_relays=network.trusted_relays,
+        auto_nat=network.auto_nat,
+        force_reachability=None if network.reachability == "auto" else network.reachability,
+        mdns=network.mdns,
+    )
 
 
 def _hivemind_settings(network: NetworkConfig, listen: tuple[str, ...]) -> HivemindSettings:

@@ -162,7 +162,15 @@ def _add_swarm(table: Table, swarm: Mapping[str, Any], training: Mapping[str, An
         f"{swarm['batches_admitted']:,} admitted, {swarm['batches_relayed']:,} relayed, "
         f"{swarm['announcements_duplicate']:,} heard twice",
     )
-    for topic in swarm["transport_details"].get("topics", ()):
+    details = swarm["transport_details"]
+    if "reachability" in details:
+        table.add_row(
+            "reachable",
+            f"{details['reachability']}   relays to this node {details['num_relays']}; relays for "
+            f"{details['num_relayed_peers']} peers, {details['num_relayed_circuits']} circuits, "
+            f"{size(details['relayed_bytes'])}",
+        )
+    for topic in details.get("topics", ()):
         _add_topic(table, topic)
     if training is None:
         return

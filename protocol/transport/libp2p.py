@@ -2,6 +2,7 @@
 
     libp2p_settings    what a user sets                libp2p_thread     trio, and the way there and back
     libp2p_host        the host, streams               libp2p_pubsub, libp2p_gossipsub, libp2p_scores   the topic
+    libp2p_reachability, libp2p_relay, libp2p_circuits   whether others can connect; relaying; being relayed
     libp2p_dht, libp2p_routing, libp2p_dht_messages    the DHT            mdns   the local network
     supervised         the contract, as far as it does not depend on libp2p
     here               what does
@@ -47,6 +48,7 @@ from protocol.transport.peer_streams import PeerStreams
 from protocol.transport.records import RecordRules
 from protocol.transport.session import Session
 from protocol.transport.supervised import STREAM_PROTOCOL, SupervisedTransport, open_stream
+from protocol.transport.supervisor import PEER_ADDRESS
 
 if TYPE_CHECKING:
     from protocol.transport.libp2p_host import Host
@@ -140,6 +142,20 @@ class Libp2pTransport(SupervisedTransport):
             "topics": [self._topic_status] if self._topic_status else [],
             "nearby_found": 0 if network is None else network.num_found,
             "nearby_problem": None if network is None else network.problem,
+            **self._circuit_details(),
+        }
+
+    def _circuit_details(self) -> dict[str, Any]:
+        """Return whether others can connect, at how many relays this node can be reached, and what it relays."""
+        if self._session is None:
+            return {}
+        host = self._host_of(self._session)
+        return {
+            "reachability": host.reachability.state,
+            "num_relays": host.circuits.num_reserved,
+            "num_relayed_peers": host.relay.num_reserved,
+            "num_relayed_circuits": host.relay.num_circuits,
+            "relayed_bytes": host.relay.num_bytes,
         }
 
     async def start(self) -> None:
@@ -164,6 +180,9 @@ class Libp2pTransport(SupervisedTransport):
     async def _prepare(self) -> None:
         if "hivemind" in sys.modules:
             raise TransportError("hivemind and libp2p cannot share a process: choose one transport")
+        for relay in self._settings.trusted_relays:
+            if "/p2p-circuit" in relay or PEER_ADDRESS.match(relay) is None:
+                raise TransportError(f"not the address of a relay: {relay[:200]!r}; it is a node's, with its /p2p/…")
         await asyncio.to_thread(__import__, "protocol.transport.libp2p_host")
 
     async def _open_session(self) -> Session:
@@ -249,8 +268,15 @@ class Libp2pTransport(SupervisedTransport):
         if addresses and supervisor.address_of(node_id) is None and not self._gate.refuses(node_id):
             supervisor.remember(node_id, f"{addresses[0]}/p2p/{peer_id_of(node_id)}")
 
+    async def _tell_addresses(self, session: Session) -> None:
+        """Meet connected peers again, so that they know where this node can be reached now."""
+        for peer, _ in await self._host_of(session).peers():
+            with contextlib.suppress(TransportError):  # it is told when it is met again
+                await self._dht.meet(peer)
+
     async def _watch_topic(self) -> None:
-        """Ask now and then how the mesh is. Ends by `close`."""
+        """Ask now and then how the mesh is, and tell peers when the addresses have changed. Ends by `close`."""
+        told = self.addresses
         while True:
             session = self._session
             if session is not None:
@@ -258,6 +284,9 @@ class Libp2pTransport(SupervisedTransport):
                     status = await self._host_of(session).topic_status()
                 except TransportDown:  # a new one comes
                     status = {}
+                if told != self.addresses:
+                    told = self.addresses
+                    session.spawn(self._tell_addresses(session))
                 self._topic_status = status and {"topic": self._topic, **_with_node_ids(status)}
             await asyncio.sleep(STATUS_S)
 

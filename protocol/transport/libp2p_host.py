@@ -3,6 +3,7 @@
 Importing this module imports libp2p, which takes a second: `libp2p` does so when a node starts, and no one else.
 
     libp2p_thread   the loop                          libp2p_pubsub   the topic
+    libp2p_reachability, libp2p_relay, libp2p_circuits   whether others can connect; relaying; being relayed
     here            the host: what it speaks, whom it is connected to, streams between the two loops
 
 A stream of libp2p reaches asyncio through a pair of sockets within the process: what one side does not read, the other
@@ -15,14 +16,12 @@ there; here it ends the stream.
 """
 
 import asyncio
-import ipaddress
 import logging
 import socket
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-import psutil
 import trio
 from libp2p import create_yamux_muxer_option, new_host
 from libp2p.crypto.ed25519 import Ed25519PrivateKey
@@ -42,9 +41,13 @@ from multiaddr import Multiaddr
 
 from protocol.identity import Identity
 from protocol.transport.base import NotConnected, PeerUnreachable, TransportError
+from protocol.transport.libp2p_circuits import CIRCUIT, Circuits
 from protocol.transport.libp2p_pubsub import AskJudge, Topic
+from protocol.transport.libp2p_reachability import Reachability
+from protocol.transport.libp2p_relay import STREAM_ERRORS, Relay
 from protocol.transport.libp2p_settings import Libp2pSettings
 from protocol.transport.libp2p_thread import TrioThread
+from protocol.transport.own_addresses import dialable
 from protocol.transport.peer_id import base58_encode
 
 __all__ = ["Host"]
@@ -55,6 +58,7 @@ CHUNK_BYTES = 65_536
 WINDOW_BYTES = 2**20  # of a stream, at most: upstream lets a peer grow each to 16 MiB of this node's memory
 CLOSE_S = 5.0  # for the other side to close its half of a stream
 END_S = 5.0
+FOLLOW_S = 0.5  # until what is found of this node's reachability has its consequences
 MAX_ADDRESSES = 6  # of this machine's that others are told
 
 yamux.MAX_WINDOW_SIZE = WINDOW_BYTES
@@ -80,6 +84,9 @@ class Host:
         self._told: dict[bytes, tuple[str, ...]] = {}  # addresses that connected peers have told of themselves
         self.broken = Counter[str]()  # streams that ended by what a peer did, before the node had them
         self.topic: Topic
+        self.reachability: Reachability
+        self.relay: Relay
+        self.circuits: Circuits
 
     # on asyncio
 
@@ -191,13 +198,32 @@ class Host:
         network.auto_connector.maybe_connect = _dial_nobody
         host.set_stream_handler(self._protocol, self._take_stream)
         self.topic = Topic(host, topic, ask_judge)
+        self._open_circuits(host)
         async with host.run([Multiaddr(address) for address in self._listen]):
             self._check_listening()
             async with background_trio_service(self.topic), background_trio_service(self.topic.router):
                 await self.topic.wait_until_ready()
                 await self.topic.join()
+                for run in (self.reachability.run, self.circuits.run, self._follow_reachability):
+                    self._thread.spawn(run)
                 ready()
                 await trio.sleep_forever()
+
+    def _open_circuits(self, host: Any) -> None:
+        settings = self._settings
+        self.reachability = Reachability(
+            host, self._direct_addresses, serves=settings.auto_nat, state=settings.force_reachability
+        )
+        self.relay = Relay(host)
+        self.circuits = Circuits(host, self._dial, map(Multiaddr, settings.trusted_relays))
+
+    async def _follow_reachability(self) -> None:
+        """Relay others where this node can be reached, and be relayed where it cannot. Ends by cancellation."""
+        while True:
+            is_public = self.reachability.state == "public"
+            self.relay.is_open = self._settings.relay and is_public
+            self.circuits.wanted = self._settings.auto_relay and not is_public
+            await trio.sleep(FOLLOW_S)
 
     def _new_host(self) -> Any:
         return new_host(
@@ -211,7 +237,7 @@ class Host:
             connection_config=ConnectionConfig(
                 max_connections=MAX_CONNECTIONS, high_watermark=MAX_CONNECTIONS, min_connections=0, low_watermark=0
             ),
-            addrs_factory=lambda _: [Multiaddr(address) for address in self._expanded()],
+            addrs_factory=lambda _: [Multiaddr(address) for address in self._direct_addresses()],
             disable_identify_address_discovery=True,
         )
 
@@ -228,34 +254,44 @@ class Host:
         return self._expanded()
 
     def _expanded(self) -> list[str]:
-        """Where others may dial: what the user says, or the listening addresses with this machine's own for 0.0.0.0."""
-        if self._settings.announce:
-            return list(self._settings.announce)
-        found = []
-        for address in self._listen:
-            _, family, host, rest = address.split("/", 3)
-            hosts = _own_hosts(family) if ipaddress.ip_address(host).is_unspecified else [host]
-            found += [f"/{family}/{one}/{rest}" for one in hosts]
-        return found[:MAX_ADDRESSES]
+        """Where others may dial: directly, unless that is known to fail, and through relays."""
+        relayed = self.circuits.addresses
+        if relayed and self.reachability.state == "private":
+            return relayed
+        return self._direct_addresses() + relayed
+
+    def _direct_addresses(self) -> list[str]:
+        """Return what the user says, or the listening addresses with this machine's own for 0.0.0.0."""
+        return list(self._settings.announce) or dialable(self._listen)[:MAX_ADDRESSES]
 
     async def _connected(self) -> list[bytes]:
         return [peer.to_bytes() for peer in self._host.get_connected_peers() if self._network.get_connections(peer)]
+
+    def _is_connected(self, peer: ID) -> bool:
+        return any(not connection.is_closed for connection in self._network.get_connections(peer))
 
     async def _topic_status(self) -> dict[str, Any]:
         return self.topic.status()
 
     async def _connect(self, peer: ID, addresses: list[Multiaddr]) -> None:
-        if any(not connection.is_closed for connection in self._network.get_connections(peer)):
+        if self._is_connected(peer):
             return
         why: Exception | None = None
         for address in addresses:
+            reach = self.circuits.dial if str(address).endswith(CIRCUIT) else self._dial
             try:
-                await self._network.dial_addr(address, peer)
-            except (BaseLibp2pError, OSError, trio.TooSlowError) as error:
+                await reach(peer, address)
+            except (*STREAM_ERRORS, PeerUnreachable) as error:
                 why = error
             else:
                 return
         raise PeerUnreachable(_reason(why) if why is not None else "no address is known")
+
+    async def _dial(self, peer: ID, address: Multiaddr) -> None:
+        """Connect to a peer directly."""
+        await self._network.dial_addr(address, peer)
+        dialled = {one: where for one, where in self.circuits.dialled.items() if self._network.get_connections(one)}
+        self.circuits.dialled = {**dialled, peer: address}
 
     async def _disconnect(self, peer: ID) -> None:
         with trio.move_on_after(CLOSE_S):
@@ -263,7 +299,7 @@ class Host:
 
     async def _open_stream(self, peer: ID, protocol: str, far: socket.socket) -> None:
         try:
-            if not self._network.get_connections(peer):
+            if not self._is_connected(peer):
                 raise NotConnected("not connected")
             try:
                 stream = await self._host.new_stream(peer, [protocol])
@@ -348,16 +384,3 @@ def _reason(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     return " ".join(str(error).split())[:300] or type(error).__name__
-
-
-def _own_hosts(family: str) -> list[str]:
-    """Return this machine's addresses, those of other networks before its own loopback."""
-    kind = socket.AF_INET6 if family == "ip6" else socket.AF_INET
-    found = []
-    for addresses in psutil.net_if_addrs().values():
-        for one in addresses:
-            if one.family == kind and "%" not in one.address:
-                host = ipaddress.ip_address(one.address)
-                if not host.is_link_local:
-                    found.append((host.is_loopback, one.address))
-    return [address for _, address in sorted(found)]

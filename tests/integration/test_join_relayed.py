@@ -26,7 +26,8 @@ def has_learned_from_others(node):
 @pytest.mark.soak
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("relays", ["named", "found"])
-def test_two_nodes_that_nobody_can_connect_to_learn_from_each_other(tmp_path, relays):
+@pytest.mark.parametrize("transport", ["hivemind", "libp2p"])
+def test_two_nodes_that_nobody_can_connect_to_learn_from_each_other(tmp_path, transport, relays):
     try:
         network = Namespaces(3, PUBLIC)
     except NamespaceError as error:
@@ -35,7 +36,10 @@ def test_two_nodes_that_nobody_can_connect_to_learn_from_each_other(tmp_path, re
 
         def start(number, name, *arguments):
             listen = ("--listen", f"/ip4/{network.hosts[number]}/tcp/0", "--set", "network.nat_port_map=false")
-            return swarm.start(name, *arguments, *listen, through=("ip", "netns", "exec", network.names[number]))
+            carrier = ("--transport", transport)
+            return swarm.start(
+                name, *arguments, *listen, *carrier, through=("ip", "netns", "exec", network.names[number])
+            )
 
         boot = start(0, "boot", "bootstrap")
         relay = boot.swarm()["addresses"][0]
@@ -54,7 +58,7 @@ def test_two_nodes_that_nobody_can_connect_to_learn_from_each_other(tmp_path, re
         for node in nodes:
             node.wait(lambda node=node: has_learned_from_others(node), "groups of the other", WITHIN_S)
         print(
-            f"\nrelays {relays}: addresses at the relay after {relayed_s:.0f} s, groups of the other on both after "
-            f"{time.monotonic() - began_s:.0f} s"
+            f"\n{transport}, relays {relays}: addresses at the relay after {relayed_s:.0f} s, groups of the other "
+            f"on both after {time.monotonic() - began_s:.0f} s"
         )
         assert [node.stop(within_s=120) for node in (*nodes, boot)] == [143] * 3
