@@ -28,11 +28,15 @@ from swarm.engine.torch.attention import Extension, window_mask
 from swarm.engine.torch.linear import PackedLinear
 from swarm.engine.torch.llama import LlamaRunner
 from swarm.engine.torch.native import NativeLinear, NativeRunner
-from swarm.engine.torch.sampling import Mode, sample
+from swarm.engine.torch.sampling import Mode, draw
 
 __all__ = ["HeadDrafter"]
 
 _PRIOR_KEPT, _PRIOR_TRIED = 3.0, 4.0
+_MARGINS = np.array(
+    [0.25, 0.5, 1.0, 2.0, 3.0, 4.5, 7.0]
+)  # between classes of tokens: by how much their noisy scores lead
+_NUM_CLASSES = len(_MARGINS) + 1
 _STEPS_REMEMBERED = 32
 _MEMORY_TOKENS = 256.0  # observations after which they count half
 
@@ -128,13 +132,13 @@ class _Draws:
         self._settings = [one[rows] for one in self._settings]
 
     def next(self, logits: Tensor, vocabulary: Tensor, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
-        """Draw the next token of each by the noise that the policy will draw it by, and its log-probability."""
-        drawn, logprobs = sample(
+        """Draw the next token of each by the noise that the policy will draw it by; return them and their margins."""
+        drawn, _, margins = draw(
             logits, self._seeds, self._positions, *self._settings, mode=self._mode, vocabulary=vocabulary,
             vocab_size=vocab_size,
         )  # fmt: skip
         self._positions = self._positions + 1
-        return drawn.cpu().numpy(), logprobs.cpu().numpy()
+        return drawn.cpu().numpy(), margins.cpu().numpy()
 
 
 @dataclass(slots=True)
@@ -174,9 +178,9 @@ class HeadDrafter(Drafter):
         self._seen: deque[_Pass] = deque(maxlen=CONTEXT_TOKENS)
         self._cached: dict[int, _Cached] = {}
         self._holders: list[int | None] = [None] * num_slots  # request id by slot
-        self._kept = [_PRIOR_KEPT] * 2  # of tokens that the drafter is unsure and sure of
-        self._tried = [_PRIOR_TRIED] * 2
-        self._sure: dict[int, list[bool]] = {}
+        self._kept = [_PRIOR_KEPT] * _NUM_CLASSES  # by the margin of a token
+        self._tried = [_PRIOR_TRIED] * _NUM_CLASSES
+        self._classes: dict[int, list[int]] = {}  # request id -> of its last draft's tokens
         self._clock, self._step_s = clock, 0.0  # what one more token of all drafts takes
         self.take(policy.state_dict())
 
@@ -232,14 +236,13 @@ class HeadDrafter(Drafter):
         draws = _Draws([states[index] for index in places], self._device)
         logits = self._runner.logits(hidden)
         for step in range(min(depth, budget)):
-            tokens, logprobs = draws.next(logits, self._vocabulary, self._vocab_size)
-            sure = logprobs > -0.5
-            for at, index in enumerate(places):
-                kind = int(sure[at])
+            tokens, margins = draws.next(logits, self._vocabulary, self._vocab_size)
+            kinds = np.searchsorted(_MARGINS, margins)
+            for at, (index, kind) in enumerate(zip(places, kinds.tolist(), strict=True)):
                 likely[at] *= self._kept[kind] / self._tried[kind]
                 drafts[index].append(int(tokens[at]))
                 chances[index].append(float(likely[at]))
-                self._sure.setdefault(states[index].request_id, []).append(bool(kind))
+                self._classes[states[index].request_id].append(kind)
             if step + 1 == min(depth, budget) or sum(map(len, drafts)) >= budget:
                 break
             go_on = self._worth_going_on(
@@ -276,7 +279,7 @@ class HeadDrafter(Drafter):
         """Let the n-th sequence have the n-th slot; one whose slot is taken begins anew."""
         assert self._runner is not None
         for slot, state in enumerate(states):
-            self._sure[state.request_id] = []
+            self._classes[state.request_id] = []
             cached = self._cached.get(state.request_id)
             if cached is not None and cached.slot == slot:
                 continue
@@ -347,16 +350,16 @@ class HeadDrafter(Drafter):
         return self._runner.extend_slots(self._runner.place(inputs), counts, lengths, slots)
 
     def verified(self, state: SequenceState, draft: Sequence[int], num_kept: int) -> None:
-        """Count how often tokens were right that the drafter was sure of, and others."""
-        for index, sure in enumerate(self._sure.get(state.request_id, [])[: min(num_kept + 1, len(draft))]):
-            if self._tried[sure] >= _MEMORY_TOKENS:
-                self._kept[sure], self._tried[sure] = self._kept[sure] / 2, self._tried[sure] / 2
-            self._tried[sure] += 1
-            self._kept[sure] += index < num_kept
+        """Count, by class, the tokens that were right, and the first that was not."""
+        for index, kind in enumerate(self._classes.get(state.request_id, [])[: min(num_kept + 1, len(draft))]):
+            if self._tried[kind] >= _MEMORY_TOKENS:
+                self._kept[kind], self._tried[kind] = self._kept[kind] / 2, self._tried[kind] / 2
+            self._tried[kind] += 1
+            self._kept[kind] += index < num_kept
 
     def observe(self, state: SequenceState) -> None:
         """Forget a sequence that does not run any more."""
-        self._sure.pop(state.request_id, None)
+        self._classes.pop(state.request_id, None)
         cached = self._cached.pop(state.request_id, None)
         if cached is not None:
             self._holders[cached.slot] = None
@@ -370,6 +373,6 @@ class HeadDrafter(Drafter):
         self._seen.clear()
         self._cached.clear()
         self._holders = [None] * self._num_slots
-        for kind in range(2):
+        for kind in range(_NUM_CLASSES):
             self._kept[kind] = (self._kept[kind] + _PRIOR_KEPT) / 2
             self._tried[kind] = (self._tried[kind] + _PRIOR_TRIED) / 2

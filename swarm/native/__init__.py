@@ -27,6 +27,7 @@ class _Draw(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("num_threads", "num_rows", "num_logits", "vocab", "width")),
         *((name, ctypes.c_void_p) for name in (
             "logits", "tokens", "seeds", "positions", "temperature", "masses", "starts", "drawn", "logprobs",
+            "margins",
         )),
     ]  # fmt: skip
 
@@ -60,25 +61,26 @@ class Kernels:
         vocab_size: int,
         width: int,
         tokens: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Draw one token a row: `engine.torch.sampling.sample` in one call.
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Draw one token a row: `engine.torch.sampling.draw` in one call.
 
         logits: float32 [num_rows, num_logits]. seeds, positions: int64 [num_rows]. temperature: float32 [num_rows].
         width: tokens of a block. tokens: int64 [num_logits], in order, what the logits are of; None: of all tokens.
-        returns: tokens, int64, and their log-probabilities, float32, both [num_rows].
+        returns: tokens, int64; their log-probabilities and margins, float32; each [num_rows].
         """
         num_rows, num_logits = logits.shape
         num_threads, num_blocks = torch.get_num_threads(), -(-vocab_size // width)
         scratch = torch.empty(2, num_threads, num_blocks + 1)
-        drawn, logprobs = torch.empty(num_rows, dtype=torch.int64), torch.empty(num_rows)
+        drawn, logprobs, margins = torch.empty(num_rows, dtype=torch.int64), *torch.empty(2, num_rows)
         inputs = [each.contiguous() for each in (logits, seeds, positions, temperature)]
         fields = _Draw(
             num_threads, num_rows, num_logits, vocab_size, width,
             inputs[0].data_ptr(), None if tokens is None else tokens.data_ptr(), *(i.data_ptr() for i in inputs[1:]),
             scratch[0].data_ptr(), scratch[1].data_ptr(), drawn.data_ptr(), logprobs.data_ptr(),
+            margins.data_ptr(),
         )  # fmt: skip
         self._draw(ctypes.byref(fields), self.instruction_set)
-        return drawn, logprobs
+        return drawn, logprobs, margins
 
 
 def huge_pages(tensor: torch.Tensor) -> torch.Tensor:

@@ -39,16 +39,19 @@ static float FN(mass)(const float *logits, int num, float temperature) {
     return top + logf(FN(sum)(mass));
 }
 
-/* The place of the first of the largest of logits / temperature, plus the noise of lane first_lane + token if `key` is given. */
+/* The place of the first of the largest of logits / temperature, plus the noise of lane first_lane + token if `key` is given.
+   margin: by how much it is the largest. */
 static int FN(pick)(const float *logits, const int64_t *tokens, int begin, int end, float temperature, const uint64_t *key,
-                    int first_lane) {
+                    int first_lane, float *margin) {
     int found = begin;
-    float most = -INFINITY;
+    float most = -INFINITY, second = -INFINITY;
     for (int i = begin; i < end; i++) {
         float value = temperature == 1.0f ? logits[i] : logits[i] / temperature;
         if (key) value += FN(gumbel)(*key, first_lane + (int)(tokens ? tokens[i] : i));
-        if (value > most) { most = value; found = i; }
+        if (value > most) { second = most; most = value; found = i; }
+        else if (value > second) second = value;
     }
+    *margin = most - second;
     return found;
 }
 
@@ -58,7 +61,7 @@ static void FN(draw_row)(const draw_t *d, int row, float *masses, int32_t *start
     const int num_blocks = (d->vocab + d->width - 1) / d->width, greedy = d->temperature[row] == 0;
     const float temperature = greedy ? 1.0f : d->temperature[row];
     const uint64_t key = FN(mix)((uint64_t)d->seeds[row] + ((uint64_t)d->positions[row] + 1) * 0x9E3779B97F4A7C15u);
-    float top = -INFINITY, most = -INFINITY;
+    float top = -INFINITY, most = -INFINITY, second = -INFINITY, margin;
     int chosen = 0;
     for (int b = 0, at = 0; b < num_blocks; b++) {
         const int64_t limit = (int64_t)(b + 1) * d->width;
@@ -70,13 +73,15 @@ static void FN(draw_row)(const draw_t *d, int row, float *masses, int32_t *start
         if (masses[b] > top) top = masses[b];
         if (greedy || masses[b] == -INFINITY) continue;
         const float value = masses[b] + FN(gumbel)(key, b);
-        if (value > most) { most = value; chosen = b; }
+        if (value > most) { second = most; most = value; chosen = b; }
+        else if (value > second) second = value;
     }
     float sum = 0;
     for (int b = 0; b < num_blocks; b++) sum += expf(masses[b] - top);
-    const int place = greedy ? FN(pick)(logits, d->tokens, 0, d->num_logits, 1.0f, 0, 0)
+    const int place = greedy ? FN(pick)(logits, d->tokens, 0, d->num_logits, 1.0f, 0, 0, &margin)
                              : FN(pick)(logits, d->tokens, starts[chosen], starts[chosen + 1], temperature, &key,
-                                        num_blocks - chosen * d->width);
+                                        num_blocks - chosen * d->width, &margin);
+    d->margins[row] = greedy || margin < most - second ? margin : most - second;
     d->drawn[row] = d->tokens ? d->tokens[place] : place;
     d->logprobs[row] = logits[place] / temperature - (top + logf(sum));
 }

@@ -63,6 +63,7 @@ typedef struct {                                    /* rows of logits to draw a 
     int32_t *starts;                                /* likewise */
     int64_t *drawn;                                 /* [num_rows] */
     float *logprobs;                                /* likewise; at temperature 1 where it is 0 */
+    float *margins;                                 /* likewise; by how much the noisy scores of what was drawn were the best */
 } draw_t;
 
 /* Training attention over a packed row (attention.h). All offsets in tokens or keys; strides in elements. */

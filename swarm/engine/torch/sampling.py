@@ -21,7 +21,11 @@ import torch
 from swarm.engine.torch.noise import gumbel
 from swarm.native import kernels
 
-__all__ = ["Mode", "block_size", "sample", "sample_by_operations"]
+<<<<<<< ours
+__all__ = ["Mode", "block_size", "draw", "sample", "sample_by_operations"]
+=======
+__all__ = ["Mode", "block_size", "draw", "sample"]
+>>>>>>> theirs
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,18 +86,38 @@ def sample(
     top_p: torch.Tensor | None = None,
     *,
     mode: Mode | None = None,
-    vocabulary: torch.Tensor | None = None,
-    vocab_size: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Draw one token a row.
 
     logits: [num_rows, vocab], any float dtype. seeds, positions: int64 [num_rows]. temperature: float32 [num_rows];
     a row with 0 takes its largest logit, with its log-probability at temperature 1. top_k, top_p: [num_rows], or
     None where every row has them off. mode: of these settings; None reads them, which on a GPU waits for it.
-    vocabulary: int64 [num_logits], in order, what the logits are of, where it is not all `vocab_size` tokens: no other
-    token is drawn, and the noise is that of all of them.
     returns: tokens int64 [num_rows], and their float32 log-probabilities under the distribution that was
     sampled from.
+    """
+    tokens, logprobs, _ = draw(logits, seeds, positions, temperature, top_k, top_p, mode=mode, with_margins=False)
+    return tokens, logprobs
+
+
+def draw(
+    logits: torch.Tensor,
+    seeds: torch.Tensor,
+    positions: torch.Tensor,
+    temperature: torch.Tensor,
+    top_k: torch.Tensor | None = None,
+    top_p: torch.Tensor | None = None,
+    *,
+    mode: Mode | None = None,
+    vocabulary: torch.Tensor | None = None,
+    vocab_size: int = 0,
+    with_margins: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Draw one token a row, as `sample` does, and say how close it was.
+
+    vocabulary: int64 [num_logits], in order, what the logits are of, where it is not all `vocab_size` tokens: no other
+    token is drawn, and the noise is that of all of them. with_margins: without it they mean nothing.
+    returns: tokens and log-probabilities as `sample` does, and float32 [num_rows] by how much the noisy scores of each
+    were better than any other: a distribution that differs by less draws the same.
     """
     if mode is None:
         settings = (None if each is None else each.cpu().numpy() for each in (temperature, top_k, top_p))
@@ -111,7 +135,7 @@ def sample(
         return library.draw(
             logits, seeds, positions, temperature, vocab_size=vocab, width=block_size(vocab), tokens=vocabulary
         )
-    return sample_by_operations(logits, seeds, positions, temperature, top_k, top_p, mode)
+    return _by_operations(logits, seeds, positions, temperature, top_k, top_p, mode, with_margins)
 
 
 def sample_by_operations(
@@ -124,6 +148,21 @@ def sample_by_operations(
     mode: Mode,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Like `sample`, without the compiled kernels. Nothing in it waits for the device, so that it can be recorded."""
+    tokens, logprobs, _ = _by_operations(logits, seeds, positions, temperature, top_k, top_p, mode, False)
+    return tokens, logprobs
+
+
+def _by_operations(
+    logits: torch.Tensor,
+    seeds: torch.Tensor,
+    positions: torch.Tensor,
+    temperature: torch.Tensor,
+    top_k: torch.Tensor | None,
+    top_p: torch.Tensor | None,
+    mode: Mode,
+    with_margins: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """See draw. Without margins, what stands in their place means nothing."""
     num_rows, vocab = logits.shape
     scaled = logits.float() if logits.device.type == "cpu" or mode.scaled or mode.truncated else logits
     if mode.scaled:
@@ -141,10 +180,25 @@ def sample_by_operations(
         tokens = scaled.argmax(-1)
     else:
         noise = gumbel(seeds, positions, num_blocks + width)
-        block = (block_mass + noise[:, :num_blocks]).argmax(-1, keepdim=True)  # [num_rows, 1]
+        scores = block_mass + noise[:, :num_blocks]
+        block = scores.argmax(-1, keepdim=True)  # [num_rows, 1]
         inside = blocks.gather(1, block[:, :, None].expand(-1, -1, width)).squeeze(1)  # [num_rows, width]
-        tokens = (block * width).squeeze(1) + (inside.float() + noise[:, num_blocks:]).argmax(-1)
+        inside = inside.float() + noise[:, num_blocks:]
+        tokens = (block * width).squeeze(1) + inside.argmax(-1)
         if mode.greedy == "some":
             tokens = torch.where(temperature == 0, scaled.argmax(-1), tokens)
     logprobs = (scaled.gather(1, tokens[:, None]).float() - total).squeeze(1)
-    return tokens, logprobs
+    if not with_margins:
+        return tokens, logprobs, logprobs
+    margins = _lead(scaled) if mode.greedy == "all" else torch.minimum(_lead(scores), _lead(inside))
+    if mode.greedy == "some":
+        margins = torch.where(temperature == 0, _lead(scaled), margins)
+    return tokens, logprobs, margins
+
+
+def _lead(scores: torch.Tensor) -> torch.Tensor:
+    """Return by how much the best score of each row is the best. scores: [num_rows, num_scores]."""
+    if scores.shape[-1] == 1:
+        return torch.full((len(scores),), math.inf, device=scores.device)
+    best, second = scores.float().topk(2, dim=-1).values.unbind(-1)
+    return best - second

@@ -220,19 +220,19 @@ def test_tokens_are_drawn_as_by_operations(instruction_set, vocab, monkeypatch):
     logits[4] -= 300
     seeds, positions = torch.randint(-(1 << 62), 1 << 62, (64,), generator=generator), torch.arange(64) * 7
     temperature = torch.tensor([1.0, 0.0, 0.3, 2.0]).repeat(16)
-    tokens, logprobs = sampling.sample(logits, seeds, positions, temperature)
+    whole = sampling.draw(logits, seeds, positions, temperature)
     some = torch.randperm(vocab, generator=generator)[: vocab // 2 + 1].sort().values
-    among = sampling.sample(logits[:, some], seeds, positions, temperature, vocabulary=some, vocab_size=vocab)
+    among = sampling.draw(logits[:, some], seeds, positions, temperature, vocabulary=some, vocab_size=vocab)
     monkeypatch.setattr(sampling, "kernels", lambda: None)
-    expected, expected_logprobs = sampling.sample(logits, seeds, positions, temperature)
-    assert torch.equal(tokens, expected)
-    torch.testing.assert_close(logprobs, expected_logprobs, rtol=1e-5, atol=1e-4)
-    expected, expected_logprobs = sampling.sample(
-        logits[:, some], seeds, positions, temperature, vocabulary=some, vocab_size=vocab
-    )
-    rows = expected_logprobs.isfinite()  # where none of the logits is finite there is nothing to draw
-    assert torch.equal(among[0][rows], expected[rows])
-    torch.testing.assert_close(among[1][rows], expected_logprobs[rows], rtol=1e-5, atol=1e-4)
+    expected = sampling.draw(logits, seeds, positions, temperature)
+    assert torch.equal(whole[0], expected[0])
+    for found, right in zip(whole[1:], expected[1:], strict=True):
+        torch.testing.assert_close(found, right, rtol=1e-5, atol=1e-4)
+    expected = sampling.draw(logits[:, some], seeds, positions, temperature, vocabulary=some, vocab_size=vocab)
+    rows = expected[1].isfinite()  # where none of the logits is finite there is nothing to draw
+    assert torch.equal(among[0][rows], expected[0][rows])
+    for found, right in zip(among[1:], expected[1:], strict=True):
+        torch.testing.assert_close(found[rows], right[rows], rtol=1e-5, atol=1e-4)
     assert set(among[0].tolist()) <= set(some.tolist())
 
 

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from swarm.engine.torch import sampling
 from swarm.engine.torch.sampling import block_size, sample
 
 NUM_DRAWS = 100_000
@@ -170,6 +171,29 @@ def test_close_distributions_mostly_draw_the_same_token(vocab, change):
     assert agreement >= lowest - 4 * math.sqrt(0.25 / NUM_DRAWS)
     independent = float((p * q).sum())
     assert agreement > independent + 0.2
+
+
+@pytest.mark.parametrize("vocab", [5, 200, 1024])
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+def test_a_change_that_is_less_than_the_margin_changes_no_token(vocab, temperature):
+    """Block masses move by no more than logits do, and differences of two by twice that."""
+    rows = torch.arange(2000)
+    settings = rows * 31, rows % 5, torch.full((2000,), temperature)
+    logits = random_logits(vocab).expand(2000, -1)
+    tokens, logprobs, margins = sampling.draw(logits, *settings)
+    assert torch.equal(
+        torch.stack([tokens.float(), logprobs]), torch.stack([x.float() for x in sample(logits, *settings)])
+    )
+    assert bool((margins >= 0).all())
+    generator = torch.Generator().manual_seed(2)
+    change = torch.rand(2000, vocab, generator=generator) * 2 - 1
+    small = change * margins.clamp(max=50)[:, None] * (0.49 * (temperature or 1))
+    assert torch.equal(sample(logits + small, *settings)[0], tokens)
+    large = change * 2 * (temperature or 1)
+    moved = sample(logits + large, *settings)[0] != tokens
+    close = margins < margins.median()
+    if temperature:  # else all rows are alike
+        assert float(moved[close].float().mean()) > 1.5 * float(moved[~close].float().mean())
 
 
 def test_bf16_logits_are_sampled_in_float32():

@@ -183,7 +183,7 @@ def test_completions_are_the_same_and_learning_saves_steps(layer):
         losses.append(learner.loss)
     speculating.load_policy(policy.state_dict(), 1)
     assert losses[-1] < 0.8 * losses[0]
-    assert num_steps() < 0.8 * untaught
+    assert num_steps() < 0.85 * untaught
 
 
 def test_sequences_of_one_row_do_not_see_each_other():
