@@ -21,11 +21,7 @@ import torch
 from swarm.engine.torch.noise import gumbel
 from swarm.native import kernels
 
-<<<<<<< ours
 __all__ = ["Mode", "block_size", "draw", "sample", "sample_by_operations"]
-=======
-__all__ = ["Mode", "block_size", "draw", "sample"]
->>>>>>> theirs
 
 
 @dataclass(frozen=True, slots=True)
