@@ -133,11 +133,11 @@ class SlotPass:
         positions = (cached[:, None] + ahead).clamp(max=shape.longest - 1)
         hidden = self._runner.extend_within(tokens, positions, shape.longest)
         logits = self._runner.logits(hidden)
-        noise, *settings = (
+        seeds, temperature, top_k, top_p = (  # [num_slots * num_new] each
             column[:, None].expand(-1, num_new).flatten() for column in (seeds, temperature, top_k, top_p)
-        )  # [num_slots * num_new] each
+        )
         places = (generated[:, None] + ahead).flatten()
-        drawn, logprobs = sample_by_operations(logits, noise, places, *settings, mode=shape.mode)
+        drawn, logprobs = sample_by_operations(logits, seeds, places, temperature, top_k, top_p, shape.mode)
         self._drawn[: len(drawn), 0] = drawn
         self._drawn[: len(drawn), 1] = logprobs.view(torch.int32)
         if shape.keeps_states:
