@@ -85,6 +85,18 @@ class Router(GossipSub):  # type: ignore[misc]  # libp2p has no types that mypy 
         rpc.ClearField("senderRecord")
         super().send_rpc(peer_id, rpc, priority)
 
+    async def publish(self, msg_forwarder: ID, pubsub_msg: Any) -> None:
+        """Send a message to the mesh, and keep it for those that ask."""
+        self.mcache.put(pubsub_msg)
+        rpc = rpc_pb2.RPC(publish=[pubsub_msg])
+        for peer in self._get_peers_to_send([self._topic], msg_forwarder, ID(b"")):
+            if self.scorer.allow_publish(peer, [self._topic]):
+                self.send_rpc(peer, rpc)
+
+    async def emit_control_message(self, control_msg: Any, to_peer: ID) -> None:
+        """Send a control message."""
+        self.send_rpc(to_peer, rpc_pb2.RPC(control=control_msg), priority=True)
+
     def _handle_dropped_rpc(self, peer_id: ID, rpc: Any, reason: str) -> None:
         self.num_dropped += len(rpc.publish)
         super()._handle_dropped_rpc(peer_id, rpc, reason)

@@ -23,7 +23,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import trio
-from libp2p import create_yamux_muxer_option, new_host
+from libp2p import new_host
 from libp2p.crypto.ed25519 import Ed25519PrivateKey
 from libp2p.crypto.keys import KeyPair
 from libp2p.crypto.x25519 import create_new_key_pair
@@ -32,10 +32,9 @@ from libp2p.io.exceptions import IOException
 from libp2p.network.config import ConnectionConfig
 from libp2p.peer.id import ID
 from libp2p.security.noise.transport import PROTOCOL_ID as NOISE_PROTOCOL_ID
-from libp2p.security.noise.transport import Transport as NoiseTransport
 from libp2p.security.tls.transport import PROTOCOL_ID as TLS_PROTOCOL_ID
 from libp2p.security.tls.transport import TLSTransport
-from libp2p.stream_muxer.yamux import yamux
+from libp2p.stream_muxer.yamux.yamux import PROTOCOL_ID as YAMUX_PROTOCOL_ID
 from libp2p.tools.anyio_service import background_trio_service
 from multiaddr import Multiaddr
 
@@ -47,6 +46,7 @@ from protocol.transport.libp2p_reachability import Reachability
 from protocol.transport.libp2p_relay import STREAM_ERRORS, Relay
 from protocol.transport.libp2p_settings import Libp2pSettings
 from protocol.transport.libp2p_thread import TrioThread
+from protocol.transport.libp2p_wire import Connection, Noise
 from protocol.transport.own_addresses import dialable
 from protocol.transport.peer_id import base58_encode
 
@@ -55,13 +55,11 @@ __all__ = ["Host"]
 MAX_CONNECTIONS = 300
 MAX_STREAMS = 1024  # between the two loops
 CHUNK_BYTES = 65_536
-WINDOW_BYTES = 2**20  # of a stream, at most: upstream lets a peer grow each to 16 MiB of this node's memory
 CLOSE_S = 5.0  # for the other side to close its half of a stream
 END_S = 5.0
 FOLLOW_S = 0.5  # until what is found of this node's reachability has its consequences
 MAX_ADDRESSES = 6  # of this machine's that others are told
 
-yamux.MAX_WINDOW_SIZE = WINDOW_BYTES
 logging.getLogger("libp2p").setLevel(logging.CRITICAL)  # what peers do is counted, and no message of this program's
 logging.getLogger("libp2p").addHandler(logging.NullHandler())
 
@@ -229,10 +227,10 @@ class Host:
         return new_host(
             key_pair=self._keys,
             sec_opt={
-                NOISE_PROTOCOL_ID: NoiseTransport(self._keys, noise_privkey=create_new_key_pair().private_key),
+                NOISE_PROTOCOL_ID: Noise(self._keys, noise_privkey=create_new_key_pair().private_key),
                 TLS_PROTOCOL_ID: TLSTransport(self._keys),
             },
-            muxer_opt=dict(list(create_yamux_muxer_option().items())[:1]),  # without mplex, which has no windows
+            muxer_opt={YAMUX_PROTOCOL_ID: Connection},  # without mplex, which has no windows
             listen_addrs=[Multiaddr(address) for address in self._listen],
             connection_config=ConnectionConfig(
                 max_connections=MAX_CONNECTIONS, high_watermark=MAX_CONNECTIONS, min_connections=0, low_watermark=0

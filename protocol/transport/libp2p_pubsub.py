@@ -18,12 +18,12 @@ from typing import Any
 import trio
 from google.protobuf.message import DecodeError
 from libp2p.exceptions import ParseError
-from libp2p.io.exceptions import IOException
+from libp2p.io.exceptions import IncompleteReadError, IOException
 from libp2p.network.stream.exceptions import StreamError
 from libp2p.peer.id import ID
 from libp2p.pubsub.pb import rpc_pb2
 from libp2p.pubsub.pubsub import Pubsub
-from libp2p.utils.varint import MessageTooLarge, read_varint_prefixed_bytes_limited
+from libp2p.utils.varint import MessageTooLarge
 
 from protocol.transport.base import MAX_BROADCAST_BYTES, Judgement
 from protocol.transport.libp2p_gossipsub import Router, message_id
@@ -31,6 +31,7 @@ from protocol.transport.libp2p_gossipsub import Router, message_id
 __all__ = ["Topic"]
 
 MAX_RPC_BYTES = 64 * 1024
+MAX_LENGTH_BYTES = 3  # of what says so: seven bits in each
 MAX_SUBSCRIPTIONS = 16  # in one message
 MAX_CHANGES = 20.0  # of one peer's subscriptions, which fade by one a second
 MAX_USELESS_PER_HEARTBEAT = 256  # of one peer: duplicates, and what is ignored, which counts for more
@@ -56,6 +57,40 @@ class _Seen:
 
     def has(self, mid: bytes) -> bool:
         return mid in self._ids
+
+
+class _Messages:
+    """A peer's messages, each behind its length. Upstream reads a length byte by byte, each from the connection."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        self._data = bytearray()
+
+    async def next(self) -> bytes:
+        """Return the next one. Raises MessageTooLarge, IncompleteReadError, and what the stream raises."""
+        while (size := self._size()) is None or len(self._data) < sum(size):
+            data = await self._stream.read(MAX_RPC_BYTES)
+            if not data:
+                raise IncompleteReadError("the stream has ended")
+            self._data += data
+        num_length_bytes, num_bytes = size
+        end = num_length_bytes + num_bytes
+        message = bytes(self._data[num_length_bytes:end])
+        del self._data[:end]
+        return message
+
+    def _size(self) -> tuple[int, int] | None:
+        """Return how many bytes the length has, and the message; None where the length is not whole."""
+        num_bytes = 0
+        for number, byte in enumerate(self._data[:MAX_LENGTH_BYTES]):
+            num_bytes |= (byte & 0x7F) << (7 * number)
+            if byte < 0x80:
+                if num_bytes > MAX_RPC_BYTES:
+                    raise MessageTooLarge(f"{num_bytes} bytes, over {MAX_RPC_BYTES}")
+                return number + 1, num_bytes
+        if len(self._data) >= MAX_LENGTH_BYTES:
+            raise MessageTooLarge("a length of too many bytes")
+        return None
 
 
 class Topic(Pubsub):  # type: ignore[misc]  # libp2p has no types that mypy can follow
@@ -109,9 +144,10 @@ class Topic(Pubsub):  # type: ignore[misc]  # libp2p has no types that mypy can 
     async def continuously_read_stream(self, stream: Any) -> None:
         """Read a peer's messages, one after the other, until its stream ends."""
         peer: ID = stream.muxed_conn.peer_id
+        messages = _Messages(stream)
         try:
             while self.manager.is_running:
-                data = await read_varint_prefixed_bytes_limited(stream, MAX_RPC_BYTES)
+                data = await messages.next()
                 self.bytes_in += len(data)
                 rpc = rpc_pb2.RPC()
                 rpc.ParseFromString(data)
