@@ -77,6 +77,8 @@ class _Buffers(dict[int, bytearray]):
 class _Stream(yamux.YamuxStream):  # type: ignore[misc]
     """A stream whose window is given back by halves."""
 
+    _pending_recv_release: int  # bytes that were read, and not given back
+
     async def read(self, n: int | None = -1) -> bytes:
         """Return what is there, at most `n` bytes of it, or else wait."""
         buffer = self.conn.stream_buffers.get(self.stream_id)
