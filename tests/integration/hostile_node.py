@@ -1,6 +1,7 @@
 """A peer that links to a node and then does its worst, over the real transport. In a process of its own.
 
-Arguments: identity file, address of the victim, a file that exists once anything that it sent has been executed.
+Arguments: the transport, identity file, address of the victim, a file that exists once anything that it sent has been
+executed.
 It prints "linked" when it is a neighbour; the line "attack" on stdin begins the attacks, the end of stdin ends the
 process, which then prints what it has done, by kind, as JSON.
 """
@@ -42,11 +43,12 @@ from protocol.signing import sign_announcement
 from protocol.transport import hivemind
 from protocol.transport.base import TransportError
 from protocol.transport.hivemind import HivemindSettings, HivemindTransport
+from protocol.transport.libp2p import Libp2pSettings, Libp2pTransport
 from protocol.transport.peer_id import peer_bytes_of
 from protocol.wire import encode_frame
 from swarm.tasks import build_task_set
 
-LOCAL = HivemindSettings(listen=("/ip4/127.0.0.1/tcp/0",), nat_port_map=False, auto_nat=False)
+LOCAL = ("/ip4/127.0.0.1/tcp/0",)
 ABOUT = NodeAbout("trainer", "swarm-node/0.1.0", "tiny", ("chain_sum",))
 MAGIC = bytes.fromhex("28b52ffd")  # of a zstd frame
 PAUSE_S = 0.1  # between two attacks of one kind
@@ -109,9 +111,8 @@ def zeros(num_bytes: int) -> bytes:
 class Hostile:
     """The peer. Its attacks run side by side until the process ends."""
 
-    def __init__(self, identity: Identity, proof: Path) -> None:
-        self.identity, self.counts = identity, Counter[str]()
-        self.transport = HivemindTransport(identity, record_validator("main"), LOCAL)
+    def __init__(self, transport: HivemindTransport | Libp2pTransport, identity: Identity, proof: Path) -> None:
+        self.transport, self.identity, self.counts = transport, identity, Counter[str]()
         self.batches: dict[bytes, list[bytes]] = {}
         self.refs, self.codes, self.bombs = tasks_of("tiny"), codes(proof), bombs()
         self.rng = random.Random(0)
@@ -261,10 +262,19 @@ class Hostile:
             await asyncio.sleep(PAUSE_S)
 
 
+def make_transport(name: str, identity: Identity) -> HivemindTransport | Libp2pTransport:
+    validator = record_validator("main")
+    if name == "hivemind":
+        return HivemindTransport(identity, validator, HivemindSettings(LOCAL, nat_port_map=False, auto_nat=False))
+    return Libp2pTransport(identity, validator, Libp2pSettings(listen=LOCAL, mdns=False))
+
+
 async def main() -> None:
-    hostile = Hostile(Identity.load_or_create(Path(sys.argv[1])), Path(sys.argv[3]))
+    transport, key, address, proof = sys.argv[1:]
+    identity = Identity.load_or_create(Path(key))
+    hostile = Hostile(make_transport(transport, identity), identity, Path(proof))
     await hostile.transport.start()
-    await hostile.link(sys.argv[2])
+    await hostile.link(address)
     os.nice(19)  # what this costs the victim is the question, not what it costs here
     print("linked", flush=True)
     attacking: list[asyncio.Task[None]] = []

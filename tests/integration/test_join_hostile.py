@@ -23,9 +23,9 @@ MIB = 2**20
 class HostilePeer:
     """A `hostile_node.py` process, linked to the victim."""
 
-    def __init__(self, key, victim, proof):
+    def __init__(self, transport, key, victim, proof):
         self.process = subprocess.Popen(
-            [sys.executable, PEER, key, victim.swarm()["addresses"][0], proof],
+            [sys.executable, PEER, transport, key, victim.swarm()["addresses"][0], proof],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -61,17 +61,17 @@ def pace(node, seconds):
     return len(rows), sum(row["round_s"] for row in rows), most
 
 
-def withstand(folder, num_peers, window_s):
+def withstand(folder, transport, num_peers, window_s):
     """Let peers attack one after another, each with its own identity; return how much longer a round takes with one."""
     proof = folder / "executed"
     rounds, seconds, counts = Counter(), Counter(), Counter()
-    arguments = ["--model", "tiny", "--rounds", "1000000", "--set", "evaluation.num_items=0"]
+    arguments = ["--model", "tiny", "--rounds", "1000000", "--set", "evaluation.num_items=0", "--transport", transport]
     with LiveSwarm(folder) as swarm:
         victim, other = swarm.join(["victim", "other"], *arguments)
         victim.wait(lambda: sum(row["num_external"] for row in victim.rows()) > 12, "groups of the other")
         before, most = memory(victim), Counter()
         for number in range(num_peers):
-            hostile = HostilePeer(folder / f"hostile-{number}", victim, proof)
+            hostile = HostilePeer(transport, folder / f"hostile-{number}", victim, proof)
             try:
                 for kind in ("quiet", "attacked"):
                     if kind == "attacked":
@@ -92,22 +92,25 @@ def withstand(folder, num_peers, window_s):
     print(
         f"\na round takes {round_s['quiet']:.3f} s, and {round_s['attacked']:.3f} s under attack "
         f"({round_s['attacked'] / round_s['quiet']:.2f} times as long), {dict(rounds)} rounds\n"
-        f"memory grows by at most {growth['node'] / MIB:.0f} MiB (node), {growth['p2pd'] / MIB:.0f} MiB (p2pd)\n"
+        f"memory grows by at most {', '.join(f'{most / MIB:.0f} MiB ({kind})' for kind, most in growth.items())}\n"
         f"attacks: {dict(counts)}\nrefused by the victim: {status['refusals']}, banned: {status['num_banned']}"
     )
     assert min(counts[kind] for kind in ("code for a scorer", "false answers and rewards", "bodies of 1 GB")) > 0
     assert status["num_rejected"] > 0
-    assert growth["node"] < MAX_NODE_GROWTH_BYTES
-    assert growth["p2pd"] < MAX_P2PD_GROWTH_BYTES
+    assert growth.pop("node") < MAX_NODE_GROWTH_BYTES
+    assert all(most < MAX_P2PD_GROWTH_BYTES for most in growth.values()), growth
+    assert bool(growth) == (transport == "hivemind")  # libp2p is in the node
     return round_s["attacked"] / round_s["quiet"]
 
 
 @pytest.mark.timeout(600)
-def test_a_hostile_peer_has_nothing_executed_and_makes_nothing_grow(tmp_path):
-    withstand(tmp_path, 1, 5.0)
+@pytest.mark.parametrize("transport", ["hivemind", pytest.param("libp2p", marks=pytest.mark.soak)])
+def test_a_hostile_peer_has_nothing_executed_and_makes_nothing_grow(tmp_path, transport):
+    withstand(tmp_path, transport, 1, 5.0)
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(1200)
-def test_a_hostile_peer_slows_nobodys_rounds(tmp_path):
-    assert withstand(tmp_path, 4, 15.0) < MAX_SLOWDOWN
+@pytest.mark.parametrize("transport", ["hivemind", "libp2p"])
+def test_a_hostile_peer_slows_nobodys_rounds(tmp_path, transport):
+    assert withstand(tmp_path, transport, 4, 15.0) < MAX_SLOWDOWN
