@@ -71,17 +71,20 @@ def with_peer(workplace, run_dir, node_id):
     return found is not None and node_id in {peer["node_id"] for peer in found["swarm"]["peers"]}
 
 
-@pytest.mark.alone
 @pytest.mark.timeout(600)
-def test_two_nodes_train_on_each_others_groups_one_is_killed_and_comes_back(workplace, nodes, stopped_by):
-    first = nodes(*join(workplace, "a", 100_000, "--seed", "1"))
+@pytest.mark.parametrize(
+    "transport", [pytest.param("hivemind", marks=pytest.mark.alone), pytest.param("libp2p", marks=pytest.mark.soak)]
+)
+def test_two_nodes_train_on_each_others_groups_one_is_killed_and_comes_back(workplace, nodes, stopped_by, transport):
+    carried = ("--transport", transport)
+    first = nodes(*join(workplace, "a", 100_000, "--seed", "1", *carried))
     peers = address(workplace, first, "a")
-    second = nodes(*join(workplace, "b", 100_000, "--seed", "2", "--peers", peers))
+    second = nodes(*join(workplace, "b", 100_000, "--seed", "2", "--peers", peers, *carried))
     for process, run_dir in ((first, "a"), (second, "b")):
         wait_for(process, lambda run_dir=run_dir: num_external(workplace, run_dir) > 12, f"groups for {run_dir}")
     node_id = status(workplace, "b")["swarm"]["node_id"]
 
-    check_what_is_shown(workplace, peers)
+    check_what_is_shown(workplace, peers, carried)
 
     second.kill()
     second.communicate()
@@ -119,7 +122,7 @@ def test_two_nodes_train_on_each_others_groups_one_is_killed_and_comes_back(work
         assert process.returncode == 130
 
 
-def check_what_is_shown(workplace, peers):
+def check_what_is_shown(workplace, peers, carried):
     """What stats, peers and network say of the two."""
     shown = json.loads(workplace.run("stats", "--run-dir", "a", "--json").stdout)
     assert (shown["schema_version"], shown["running"], shown["command"]) == (1, True, "join")
@@ -134,7 +137,7 @@ def check_what_is_shown(workplace, peers):
     assert socket_path.stat().st_mode & 0o777 == 0o600
     by_socket = json.loads(workplace.run("stats", "--socket", str(socket_path), "--json").stdout)
     assert by_socket["pid"] == shown["pid"]
-    found = json.loads(workplace.run("network", "--peers", peers, "--json").stdout)
+    found = json.loads(workplace.run("network", "--peers", peers, *carried, "--json").stdout)
     assert (found["num_nodes"], found["num_reachable"], found["num_trainers"]) == (2, 2, 2)
     assert found["models"] == {"model": 2}
     assert {node["node_id"] for node in found["nodes"]} == {

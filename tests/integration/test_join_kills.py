@@ -65,16 +65,18 @@ def identity(node):
     return node.swarm()["node_id"]
 
 
-def survive(tmp_path, victims, rng, arguments, max_gap_s):
+def survive(tmp_path, transport, victims, rng, arguments, max_gap_s):
     """Kill one after another; return how long each took to be heard, and to give a group, from its process's start."""
     heard_after_s, gave_after_s, gaps_s = [], [], []
     with LiveSwarm(tmp_path) as swarm:
         listen = {name: ("--listen", f"/ip4/127.0.0.1/tcp/{free_port()}") for name in ("boot", *TRAINERS)}
-        boot = swarm.start("boot", "bootstrap", *listen["boot"])
+        begin = ("bootstrap", "--transport", transport)
+        boot = swarm.start("boot", *begin, *listen["boot"])
         peers = boot.swarm()["addresses"][0]
         trainers = []
         for seed, name in enumerate(TRAINERS):
             settings = ("--seed", str(seed), "--rounds", "1000000", "--set", "checkpoint.interval_s=3")
+            settings = (*settings, "--transport", transport)
             trainers.append(swarm.start(name, "join", *listen[name], "--peers", peers, *settings, *arguments))
         for node in trainers:
             node.wait(lambda node=node: sum(row["num_external"] for row in node.rows()) > 12, "groups of others")
@@ -87,7 +89,7 @@ def survive(tmp_path, victims, rng, arguments, max_gap_s):
                 others = [other for other in swarm.nodes.values() if other is not node]
                 node.kill()
                 killed_s, before = time.monotonic(), node.rows()
-                node.start(*(("bootstrap", *listen[name]) if node is boot else ("join", "--resume", *listen[name])))
+                node.start(*(begin if node is boot else ("join", "--resume")), *listen[name])
                 node.wait(lambda: heard_since(others, ids[name], node.started_at_s), "being heard")  # noqa: B023
                 heard_after_s.append(time.monotonic() - node.started_at_s)
                 assert identity(node) == ids[name]
@@ -128,18 +130,21 @@ def check_continued(before, after):
 
 @pytest.mark.soak
 @pytest.mark.timeout(1800)
-def test_twenty_kills_of_any_node(tmp_path):
+@pytest.mark.parametrize("transport", ["hivemind", "libp2p"])
+def test_twenty_kills_of_any_node(tmp_path, transport):
     rng = random.Random(20)
     victims = ["boot", *TRAINERS] * 5
     rng.shuffle(victims)
     print()
-    survive(tmp_path, victims, rng, ["--model", "tiny", "--set", "evaluation.num_items=0"], max_gap_s=5.0)
+    survive(tmp_path, transport, victims, rng, ["--model", "tiny", "--set", "evaluation.num_items=0"], max_gap_s=5.0)
 
 
-@pytest.mark.alone
 @pytest.mark.timeout(600)
-def test_a_bootstrap_and_a_node_are_killed(workplace):
+@pytest.mark.parametrize(
+    "transport", [pytest.param("hivemind", marks=pytest.mark.alone), pytest.param("libp2p", marks=pytest.mark.soak)]
+)
+def test_a_bootstrap_and_a_node_are_killed(workplace, transport):
     _, *arguments = workplace.silo("", 1)
     at = arguments.index("--run-dir")
     del arguments[at : at + 4]  # the folder and the rounds
-    survive(workplace.path, ["boot", "one"], random.Random(2), arguments, max_gap_s=5.0)
+    survive(workplace.path, transport, ["boot", "one"], random.Random(2), arguments, max_gap_s=5.0)
