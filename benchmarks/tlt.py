@@ -26,6 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -243,8 +244,14 @@ def long_round(policy: Policy, num_rounds: int, num_steps: int) -> tuple[dict[st
     learner, taught = teach(policy, policy.model, prompts_of(policy, 31, _TAUGHT_PROMPTS), num_steps)
     prompts = prompts_of(policy, 78, 400)
     by_question = {f"q{at}": prompt for at, prompt in enumerate(prompts)}
-    asked = copy.copy(policy)
-    object.__setattr__(asked, "encode_prompt", by_question.__getitem__)
+
+    class Asked(Policy):
+        """The policy, asked by number."""
+
+        def encode_prompt(self, question: str) -> tuple[int, ...]:
+            return tuple(by_question[question])
+
+    asked = Asked(**{one.name: getattr(policy, one.name) for one in fields(policy)})
 
     def tasks(round_index: int) -> list[Task]:
         return [
