@@ -58,6 +58,7 @@ _BATCHES = (1, 2, 4)
 _DEPTH = 6
 _BEST, _SUFFIX, _NEVER_BELOW, _ROUND, _LEARNING_SHARE = 1.7, 1.3, 0.97, 2.0, 0.05
 _MAX_SEQ_LEN = 512
+_ROUND_SLOTS, _ROUND_WARMUP = 32, 4
 _ADAPT_GROUP = 8
 _EASY: dict[str, dict[str, Any]] = {  # what *sure* answers right now and then, so that it learns
     "chain_sum": {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 1},
@@ -258,37 +259,47 @@ def long_round(policy: Policy, num_rounds: int, num_steps: int) -> tuple[dict[st
             Task(TaskRef("worked", "0" * 32, 1, at), f"q{at}") for at in range(4 * round_index, 4 * round_index + 4)
         ]
 
-    slots, seconds, rows = 32, {}, {}
-    for way in ("off", "on"):
+    base = RolloutConfig(num_completions=8, max_new_tokens=256, schedule="partial")
+    keep = base.model_copy(update={"stale_tokens": "correct"})
+    settings = {
+        "off": base.model_copy(update={"schedule": "synchronous"}),
+        "on": base,
+        "on, tokens kept": keep,
+        "on, tokens kept, x4": keep.model_copy(update={"over_provision": 4.0}),
+        "partial rollouts alone, tokens kept, x4": keep.model_copy(update={"over_provision": 4.0}),
+    }
+    sides = {}
+    for way, config in settings.items():
         head = HeadDrafter(
-            learner.model, policy.model, lambda: learner.vocabulary, num_slots=slots, capacity=_MAX_SEQ_LEN
+            learner.model, policy.model, lambda: learner.vocabulary, num_slots=_ROUND_SLOTS, capacity=_MAX_SEQ_LEN
         )
         engine = TorchEngine(
-            policy.model, eos_token_ids=policy.eos_token_ids, config=EngineConfig(max_slots=slots),
-            max_seq_len=_MAX_SEQ_LEN, speculator=make_speculator("auto", head) if way == "on" else None,
+            policy.model, eos_token_ids=policy.eos_token_ids, config=EngineConfig(max_slots=_ROUND_SLOTS),
+            max_seq_len=_MAX_SEQ_LEN, speculator=make_speculator("auto", head) if way.startswith("on") else None,
         )  # fmt: skip
         enforce(engine, tail_length)
-        base = RolloutConfig(num_completions=8, max_new_tokens=256)
-        if way == "on":
-            rollouts: RolloutCollector = PartialRollouts(
-                engine, asked, base.model_copy(update={"schedule": "partial"}), 1, tasks
-            )
-        else:
-            rollouts = RolloutCollector(engine, asked, base.model_copy(update={"schedule": "synchronous"}), 1)
-        times = []
-        for round_index in range(num_rounds + 2):
+        sides[way] = (
+            PartialRollouts(engine, asked, config, 1, tasks)
+            if config.is_partial
+            else RolloutCollector(engine, asked, config, 1)
+        )
+    times: dict[str, list[float]] = {way: [] for way in sides}
+    for round_index in range(num_rounds + _ROUND_WARMUP):
+        for way, rollouts in sides.items():
             begin = time.perf_counter()
             rollouts.collect(tasks(round_index), round_index=round_index)
-            times.append(time.perf_counter() - begin)
-        seconds[way], rows[way] = statistics.fmean(times[2:]), rollouts.describe()
-    times_as_fast = seconds["off"] / seconds["on"]
+            times[way].append(time.perf_counter() - begin)
+    round_s = {way: statistics.fmean(one[_ROUND_WARMUP:]) for way, one in times.items()}
     figures = {
         "teaching": taught,
-        "round_s": {way: round(one, 3) for way, one in seconds.items()},
-        "last_round": rows["on"],
+        "round_s": {way: round(one, 3) for way, one in round_s.items()},
+        "times_as_fast": {way: round(round_s["off"] / one, 3) for way, one in round_s.items()},
+        "last_rounds": {way: rollouts.describe() for way, rollouts in sides.items()},
     }
     return figures, [
-        Bar("sure, long-tail round: partial rollouts and drafts against neither", round(times_as_fast, 3), _ROUND)
+        Bar(f"sure, long-tail round: {way}, against neither", round(round_s["off"] / round_s[way], 3), _ROUND)
+        for way in sides
+        if way.startswith("on")
     ]
 
 
