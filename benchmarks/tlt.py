@@ -268,7 +268,7 @@ def long_round(policy: Policy, num_rounds: int, num_steps: int) -> tuple[dict[st
         "on, tokens kept, x4": keep.model_copy(update={"over_provision": 4.0}),
         "partial rollouts alone, tokens kept, x4": keep.model_copy(update={"over_provision": 4.0}),
     }
-    sides = {}
+    sides: dict[str, RolloutCollector] = {}
     for way, config in settings.items():
         head = HeadDrafter(
             learner.model, policy.model, lambda: learner.vocabulary, num_slots=_ROUND_SLOTS, capacity=_MAX_SEQ_LEN
