@@ -33,9 +33,7 @@ from swarm.engine.torch.sampling import Mode, draw
 __all__ = ["HeadDrafter"]
 
 _PRIOR_KEPT, _PRIOR_TRIED = 3.0, 4.0
-_MARGINS = np.array(
-    [0.25, 0.5, 1.0, 2.0, 3.0, 4.5, 7.0]
-)  # between classes of tokens: by how much their noisy scores lead
+_MARGINS = np.array([0.25, 0.5, 1.0, 2.0, 3.0, 4.5, 7.0])  # of noisy scores, between classes of tokens
 _NUM_CLASSES = len(_MARGINS) + 1
 _STEPS_REMEMBERED = 32
 _MEMORY_TOKENS = 256.0  # observations after which they count half

@@ -6,16 +6,19 @@ for a processor does not, nor does one whose whole machine stood still, a closed
 
 import math
 from pathlib import Path
+from typing import Final
 
-__all__ = ["Patience"]
+__all__ = ["LOOKS", "Patience"]
+
+LOOKS: Final = 4  # at a process, within the limit of an answer, at least
 
 
 class Patience:
     """Asked again and again how long an answer still has. Times are seconds on the monotonic clock."""
 
     def __init__(self, pid: int, limit_s: float) -> None:
-        """Watch a process whose every answer has `limit_s`. `step_s`: as often it should be asked at least."""
-        self.step_s = limit_s / 4
+        """Watch a process whose every answer has `limit_s`. Who asks does so LOOKS times in it, or more often."""
+        self._step_s = limit_s / LOOKS
         self._pid, self._limit_s = pid, limit_s
         self._began_s = -math.inf
         self._had_s = 0.0  # and is settled
@@ -26,16 +29,16 @@ class Patience:
     def seconds_left(self, began_s: float, now_s: float) -> float:
         """Return what the answer that was begun at `began_s` still has; 0 or less: it has had its time.
 
-        What passed between two calls counts as `step_s` at most, and the first `step_s` count whatever the process did:
+        What passed between two calls counts as one look at most, and the first look counts whatever the process did:
         most answers take a thousandth of that, and nobody has to look at their process.
         """
-        if now_s - began_s < self.step_s:
+        if now_s - began_s < self._step_s:
             return self._limit_s - (now_s - began_s)
         times = self._times()
         if began_s != self._began_s:
             self._began_s, self._asked_s, self._since = began_s, now_s, times
-            self._had_s, self._open_s = self.step_s, 0.0
-        self._open_s += min(now_s - self._asked_s, self.step_s)
+            self._had_s, self._open_s = self._step_s, 0.0
+        self._open_s += min(now_s - self._asked_s, self._step_s)
         self._asked_s = now_s
         ran_s, waited_s = (now - then for now, then in zip(times, self._since, strict=True))
         if self._is_runnable():  # and since when it waits for a processor is not known before it has one

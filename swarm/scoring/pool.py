@@ -21,6 +21,7 @@ from swarm.config import ScoringConfig, TasksConfig
 from swarm.errors import PoolClosed, ScoringError, UnknownSource
 from swarm.scoring.child import ChildConfig
 from swarm.scoring.folder import WorkFolder
+from swarm.scoring.patience import LOOKS
 from swarm.scoring.sandbox import sandbox_layers
 from swarm.scoring.worker import CHILD_PROGRAM, Job, Worker
 from swarm.tasks import build_task_set, extract_answer
@@ -197,7 +198,7 @@ class ScoringPool:
             for worker in busy:
                 selector.register(worker, selectors.EVENT_READ)
             soonest_s = min(worker.seconds_left for worker in busy)
-            selector.select(min(max(0.0, soonest_s), self._scoring.wall_limit_s / 4))
+            selector.select(min(max(0.0, soonest_s), self._scoring.wall_limit_s / LOOKS))
         for worker in busy:
             if worker.has_news():
                 results = worker.receive()
