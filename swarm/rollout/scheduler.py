@@ -17,6 +17,7 @@ that ends the run; a group has an age cap, at which a run waits for it; the orde
 What a group asks, and how many are in flight, is the collector's.
 """
 
+from collections import deque
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
@@ -58,8 +59,9 @@ class GroupScheduler:
             raise ValueError("this engine cannot verify drafts: what older policies wrote has to be kept")
         self._engine, self._order, self._max_age, self._verifies = engine, order, max_age, verifies
         self._groups: dict[GroupKey, Group] = {}
+        self._queue: deque[tuple[Group, Member]] = deque()  # to be given to the engine when it has a slot for them
         self._asked: dict[int, tuple[Group, Member]] = {}  # by request id, what the engine holds
-        self._held: set[int] = set()  # the members of these
+        self._held: set[int] = set()  # the members of both
         self._next_request_id = 0
         self._num_finished = 0
         self._num_resumed = 0  # tokens that this run has given back to the engine
@@ -126,22 +128,28 @@ class GroupScheduler:
         )
 
     def _write(self, due: Collection[GroupKey], num_groups: int) -> None:
-        """Give the engine what is to be written, those that are due first, and run it until there is enough."""
+        """Let the engine write, what is due first, until there is enough. It gets what it has slots for, and no more:
+        most of what is written ahead waits for rounds, and costs nothing meanwhile.
+        """
+        self._queue.clear()
         self._asked.clear()
         self._held.clear()
-        for group in sorted(self.groups, key=lambda one: (one.key not in due, one.key[0], -one.expected_remaining())):
-            self._engine.submit(self._requests(group, is_due=group.key in due))
         num_wanted = num_groups if self._order == "arrival" else 0
         missing = {group.key for group in self._groups.values() if not self._arrived(group)}
+        if missing.isdisjoint(due) and len(self._groups) - len(missing) >= num_wanted:
+            return
+        for group in sorted(self.groups, key=lambda one: (one.key not in due, one.key[0], -one.expected_remaining())):
+            self._enqueue(group, is_due=group.key in due)
         while not missing.isdisjoint(due) or len(self._groups) - len(missing) < num_wanted:
+            self._fill_slots()
             if not self._engine.num_unfinished:
                 raise RuntimeError("the engine has nothing left to write, and groups are not whole")
             for completion in self._engine.step():
                 group = self._take(completion)
                 if self._arrived(group):
                     missing.discard(group.key)
-                elif group.is_finished and (more := self._requests(group, is_due=group.key in due)):
-                    self._engine.submit(more)
+                elif group.is_finished:
+                    self._enqueue(group, is_due=group.key in due)
 
     def state(self) -> list[dict[str, Any]]:
         """Return the groups in flight as plain data, for the disk."""
@@ -162,9 +170,7 @@ class GroupScheduler:
 
     def _is_whole(self, group: Group) -> bool:
         """Whether a group can be returned."""
-        return all(
-            member.is_finished and (not self._verifies or member.is_of(self._version)) for member in group.members
-        )
+        return all(member.is_finished and not self._is_stale(member) for member in group.members)
 
     def _arrived(self, group: Group) -> bool:
         """Whether a group can be returned; the first time, it gets its place in the order of arrival."""
@@ -182,28 +188,36 @@ class GroupScheduler:
             del self._groups[group.key]
         return chosen
 
-    def _requests(self, group: Group, *, is_due: bool) -> list[Request]:
-        """Return requests for the members that have to be written or verified now and are not in the engine.
+    def _enqueue(self, group: Group, *, is_due: bool) -> None:
+        """Queue the members that have to be written or verified now and are not on their way.
 
         Finished members that an older policy wrote are verified with a group that is due, else when nothing of
         the group is left to write; those of groups that are written ahead wait until they are due.
         """
         may_return = is_due or (self._order == "arrival" and group.is_finished)
-        requests = []
         for member in group.members:
-            is_stale = self._verifies and not member.is_of(self._version)
-            if id(member) not in self._held and (not member.is_finished or (is_stale and may_return)):
-                requests.append(self._request(group, member, as_draft=is_stale))
-        return requests
+            is_wanted = not member.is_finished or (may_return and self._is_stale(member))
+            if is_wanted and id(member) not in self._held:
+                self._held.add(id(member))
+                self._queue.append((group, member))
 
-    def _request(self, group: Group, member: Member, *, as_draft: bool) -> Request:
+    def _fill_slots(self) -> None:
+        """Give the engine what it has slots for."""
+        num_free = self._engine.num_slots - self._engine.num_unfinished
+        if self._queue and num_free > 0:
+            self._engine.submit([self._request(*self._queue.popleft()) for _ in range(min(num_free, len(self._queue)))])
+
+    def _is_stale(self, member: Member) -> bool:
+        """Whether what a member has is to be verified before it counts."""
+        return self._verifies and not member.is_of(self._version)
+
+    def _request(self, group: Group, member: Member) -> Request:
         self._next_request_id += 1
-        written = member.written
+        written, as_draft = member.written, self._is_stale(member)
         if member.num_tokens:
             self._num_resumed += member.num_tokens
             self._resumed.add(group.key)
         self._asked[self._next_request_id] = group, member
-        self._held.add(id(member))
         return Request(
             self._next_request_id,
             group.prompt_ids,
