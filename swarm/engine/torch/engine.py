@@ -3,15 +3,15 @@
     step = admit waiting requests (prefill each prompt once, verify drafts) · draw their first token · decode one
            token of all, or verify what drafters propose for them
 
-What it is made of: `runner` runs the model, `sampling` draws tokens, `slots` holds what is running, and off
-the CPU `slot_pass` does both as one piece, which `graphs` records. It exists because no library gives batched
-speculation, partial rollouts and live weights at once.
+What it is made of: `runner` runs the model, `sampling` draws tokens, `slots` holds what is running, `admission` says what
+comes next, and off the CPU `slot_pass` runs and draws as one piece, which `graphs` records. It exists because no library
+gives batched speculation, partial rollouts and live weights at once.
 """
 
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from swarm.engine.base import (
     sequence_limit,
     weight_shapes,
 )
+from swarm.engine.torch.admission import Admitted, admit
 from swarm.engine.torch.generic import GenericRunner
 from swarm.engine.torch.graphs import CudaRecorder, GraphPool
 from swarm.engine.torch.llama import LlamaRunner
@@ -40,10 +41,12 @@ from swarm.types import Completion, FinishReason
 
 __all__ = ["TorchEngine"]
 
-_PREFILL_TOKENS = 8192  # tokens of one prefill pass; bounds its memory
 _CPU_STEP_COST_TOKENS = 12.0  # measured: 7 to 18 for `tiny`, 15 to 17 for `smollm2-135m`, on two cores
 _CPU_PREFILL_COST_TOKENS = 1.2  # likewise: 0.7 to 1.3, and 1.5
 _DRAWN_ROWS = 512  # rows of logits that exist at one time while drafts are verified
+
+
+_Finished: TypeAlias = Sequence[tuple[Running, FinishReason]]  # who, and why; they have their slots still
 
 
 class TorchEngine(Engine):
@@ -115,22 +118,35 @@ class TorchEngine(Engine):
 
     @torch.inference_mode()
     def step(self) -> list[Completion]:
-        """Admit, then decode every running request: one token, or more where drafts are kept; see Engine."""
-        done = self._admit() if self._waiting and self._slots.num_free else []
-        n, before = len(self._slots), self.stats.num_tokens_generated
+        """Admit, then decode every running request: one token, or more where drafts are kept; see Engine.
+
+        Where the runner can, what is admitted is prefilled in the pass that decodes the others.
+        """
+        done: list[Completion] = []
+        n, before, speculator = len(self._slots), self.stats.num_tokens_generated, self.speculator
+        if self._waiting and self._slots.num_free:
+            admitted = admit(self._waiting, self._slots, version=self._version, max_rows=self._runner.max_prefill_rows)
+            self.stats.num_tokens_prefilled += admitted.num_tokens
+            if n and speculator is None and self._runner.decodes_while_prefilling:
+                return self._finish(self._count(n, self._decode_and_prefill(n, admitted)))
+            done = self._finish(self._prefill(admitted))
+            n, before = len(self._slots), self.stats.num_tokens_generated
         if n:
-            speculator = self.speculator
             states = self._states() if speculator is not None and speculator.begin(n) else []
             drafts = speculator.propose(states, self._runner.vocab_size) if speculator is not None and states else []
             finished = self._decode_drafts(states, drafts) if any(drafts) else self._decode()
             if speculator is not None:
                 speculator.end(n, self.stats.num_tokens_generated - before)
-            done += self._finish(finished)
-            self.stats.num_steps += 1
-            self.stats.num_slot_steps += n
+            done += self._finish(self._count(n, finished))
         return done
 
-    def _decode(self) -> Sequence[tuple[Running, FinishReason]]:
+    def _count(self, num_decoded: int, finished: _Finished) -> _Finished:
+        """Count a step."""
+        self.stats.num_steps += 1
+        self.stats.num_slot_steps += num_decoded
+        return finished
+
+    def _decode(self) -> _Finished:
         """Decode one token of every slot; return those that have finished."""
         slots, n = self._slots, len(self._slots)
         cached = slots.cached[:n].tolist()
@@ -143,8 +159,7 @@ class TorchEngine(Engine):
             self._show(cached, [1] * n, hidden)
             tokens, logprobs = self._draw(self._runner.logits(hidden), slice(0, n))
         slots.cached[:n] += 1
-        self.stats.num_tokens_generated += n
-        return slots.append(slice(0, n), tokens, logprobs)
+        return self._append(slice(0, n), tokens, logprobs)
 
     def _states(self) -> list[SequenceState]:
         """Return what drafters are to know of each slot."""
@@ -176,9 +191,7 @@ class TorchEngine(Engine):
 
             self.speculator.saw(seen, hidden)
 
-    def _decode_drafts(
-        self, states: Sequence[SequenceState], drafts: Sequence[Sequence[int]]
-    ) -> Sequence[tuple[Running, FinishReason]]:
+    def _decode_drafts(self, states: Sequence[SequenceState], drafts: Sequence[Sequence[int]]) -> _Finished:
         """Verify a draft, maybe empty, for every slot in one forward pass; return those that have finished."""
         slots, members = self._slots, list(self._slots)
         num_drawn = [len(draft) + 1 for draft in drafts]
@@ -207,71 +220,56 @@ class TorchEngine(Engine):
                 finished.append((running, reason))
         return finished
 
-    def _admit(self) -> list[Completion]:
-        """Move requests from the queue into slots and draw their first new token."""
+    def _decode_and_prefill(self, n: int, admitted: Admitted) -> _Finished:
+        """Decode one token of the slots 0 to n - 1, and begin what was admitted; return those that have finished."""
         slots = self._slots
-        # tokens to prefill, and how many of them are a draft -> who needs them
-        admitted: dict[tuple[tuple[int, ...], int], list[Running]] = {}
-        num_tokens = num_rows = 0
-        while self._waiting and slots.num_free:
-            running = self._waiting[0]
-            sequence = running.sequence()
-            key = sequence, len(running.request.draft)
-            if key not in admitted:
-                num_tokens += len(sequence)
-                num_rows += key[1] + 1
-                if admitted and (num_tokens > _PREFILL_TOKENS or num_rows > self._runner.max_prefill_rows):
-                    num_tokens -= len(sequence)
-                    break
-            self._waiting.popleft()
-            slots.add(running, cached=len(sequence), version=self._version)
-            admitted.setdefault(key, []).append(running)
-        sequences = [sequence for sequence, _ in admitted]
-        num_drawn = [num_draft + 1 for _, num_draft in admitted]
-        groups = list(admitted.values())
-        hidden = self._prefill(sequences, groups, num_drawn)
-        for (sequence, _), group in admitted.items():
-            if len(group) > 1:
-                self._runner.copy_prefix(group[0].slot, [running.slot for running in group[1:]], len(sequence))
-        self.stats.num_tokens_prefilled += num_tokens
-        if max(num_drawn) > 1:
-            return self._take_drafts(hidden, num_drawn, groups)
-        where = np.array([running.slot for group in admitted.values() for running in group])
-        order = [row for row, group in enumerate(admitted.values()) for _ in group]
-        logits = self._runner.logits(hidden)[torch.tensor(order, device=hidden.device)]
-        return self._append(where, *self._draw(logits, where))
+        tokens, cached = torch.from_numpy(slots.last_tokens[:n]), slots.cached[:n].tolist()
+        slots.cached[:n] += 1
+        hidden = self._runner.decode_and_prefill(
+            tokens, cached, admitted.sequences, admitted.first_slots, admitted.num_drawn
+        )
+        return self._begin(admitted, hidden, n)
 
-    def _prefill(
-        self, sequences: Sequence[Sequence[int]], groups: Sequence[Sequence[Running]], num_drawn: Sequence[int]
-    ) -> torch.Tensor:
-        """Fill the first slot of each group, and return the states after its `num_drawn` last tokens.
-
-        Drafters that want more states of a prompt are shown them. returns: [sum(num_drawn), hidden].
-        """
-        slots, speculator = [group[0].slot for group in groups], self.speculator
+    def _prefill(self, admitted: Admitted) -> _Finished:
+        """Begin what was admitted; drafters that want more states of a prompt are shown them."""
+        sequences, num_drawn, speculator = admitted.sequences, admitted.num_drawn, self.speculator
         if speculator is None or not speculator.num_states:
-            return self._runner.prefill(sequences, slots, num_drawn)
+            return self._begin(admitted, self._runner.prefill(sequences, admitted.first_slots, num_drawn))
         nums = [max(num, min(speculator.num_states, len(one))) for num, one in zip(num_drawn, sequences, strict=True)]
-        hidden = self._runner.prefill(sequences, slots, nums)
+        hidden = self._runner.prefill(sequences, admitted.first_slots, nums)
         ends = np.cumsum(nums).tolist()
         seen = [
             Seen(running.request.request_id, len(sequence) - num, end - num, num)
-            for sequence, group, num, end in zip(sequences, groups, nums, ends, strict=True)
+            for sequence, group, num, end in zip(sequences, admitted.groups, nums, ends, strict=True)
             for running in group
         ]
         speculator.saw(lambda: seen, hidden)
         drawn = np.concatenate([np.arange(end - num, end) for num, end in zip(num_drawn, ends, strict=True)])
-        return hidden[torch.from_numpy(drawn).to(hidden.device)]
+        return self._begin(admitted, hidden[torch.from_numpy(drawn).to(hidden.device)])
 
-    def _take_drafts(
-        self, hidden: torch.Tensor, num_drawn: Sequence[int], groups: Sequence[Sequence[Running]]
-    ) -> list[Completion]:
-        """Verify the drafts of slots that were just filled.
+    def _begin(self, admitted: Admitted, hidden: torch.Tensor, n: int = 0) -> _Finished:
+        """Draw the first token of what was admitted, or verify its drafts; and one of each of the slots 0 to n - 1.
+
+        hidden: [n + sum(num_drawn), hidden]. Returns those that have finished.
+        """
+        for sequence, group in zip(admitted.sequences, admitted.groups, strict=True):
+            if len(group) > 1:
+                self._runner.copy_prefix(group[0].slot, [running.slot for running in group[1:]], len(sequence))
+        if max(admitted.num_drawn) > 1:
+            decoded = self._append(slice(0, n), *self._draw(self._runner.logits(hidden[:n]), slice(0, n))) if n else []
+            return [*decoded, *self._take_drafts(hidden[n:], admitted)]
+        where = np.array([*range(n), *(running.slot for group in admitted.groups for running in group)])
+        rows = [*range(n), *(row for row, group in enumerate(admitted.groups, n) for _ in group)]
+        logits = self._runner.logits(hidden)[torch.tensor(rows, device=hidden.device)]
+        return self._append(where, *self._draw(logits, where))
+
+    def _take_drafts(self, hidden: torch.Tensor, admitted: Admitted) -> _Finished:
+        """Verify the drafts of slots that were just filled; return those that have finished.
 
         hidden: [sum(num_drawn), hidden], what each group of requests with one sequence draws from.
         """
-        starts = (np.cumsum(num_drawn) - num_drawn).tolist()
-        places = [(running, start) for group, start in zip(groups, starts, strict=True) for running in group]
+        starts = (np.cumsum(admitted.num_drawn) - admitted.num_drawn).tolist()
+        places = [(running, start) for group, start in zip(admitted.groups, starts, strict=True) for running in group]
         members, drafts = [running for running, _ in places], [running.request.draft for running, _ in places]
         nums = [len(draft) + 1 for draft in drafts]
         drawn = self._draw_along(hidden, [running.slot for running in members], [start for _, start in places], nums)
@@ -286,7 +284,7 @@ class TorchEngine(Engine):
                 self.speculator.learn(running.request.prompt_ids, (partial.token_ids if partial else ()) + draft)
             if reason is not None:
                 finished.append((running, reason))
-        return self._finish(finished)
+        return finished
 
     def _draw_along(
         self, hidden: torch.Tensor, slots: Sequence[int], starts: Sequence[int], nums: Sequence[int]
@@ -338,13 +336,12 @@ class TorchEngine(Engine):
         tokens, logprobs = sample(logits, *tensors, mode=Mode.of(*settings))
         return tokens.cpu().numpy(), logprobs.cpu().numpy()
 
-    def _append(self, rows: slice | np.ndarray, tokens: np.ndarray, logprobs: np.ndarray) -> list[Completion]:
-        """Write the next token of some slots and return what has finished."""
-        finished = self._slots.append(rows, tokens, logprobs)
+    def _append(self, rows: slice | np.ndarray, tokens: np.ndarray, logprobs: np.ndarray) -> _Finished:
+        """Write the next token of some slots and return those that have finished."""
         self.stats.num_tokens_generated += len(tokens)
-        return self._finish(finished)
+        return self._slots.append(rows, tokens, logprobs)
 
-    def _finish(self, finished: Sequence[tuple[Running, FinishReason]]) -> list[Completion]:
+    def _finish(self, finished: _Finished) -> list[Completion]:
         """Free slots, keeping the occupied ones dense, and return what they hold."""
         slots = self._slots
         completions = [slots.completion(running, reason) for running, reason in finished]

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from swarm.engine.torch.llama import LlamaRunner, LlamaShape
@@ -63,22 +64,32 @@ class _Prefixes:
     """Sequences as a tree: what several begin with is one chain of rows, which is computed once for all of them."""
 
     def __init__(self, sequences: Sequence[Sequence[int]], slots: Sequence[int]) -> None:
-        children: dict[tuple[int, int], int] = {}  # (row before, token) -> row
-        self.tokens: list[int] = []  # of each row
-        self.positions: list[int] = []
-        self.sharers: list[list[int]] = []  # slots of the sequences through each row; it is computed in the first
-        self.rows_of: list[list[int]] = []  # the rows of each sequence
-        for sequence, slot in zip(sequences, slots, strict=True):
-            rows, row = [], -1
-            for position, token in enumerate(sequence):
-                row = children.setdefault((row, token), len(self.tokens))
-                if row == len(self.tokens):
-                    self.tokens.append(token)
-                    self.positions.append(position)
-                    self.sharers.append([])
-                self.sharers[row].append(slot)
-                rows.append(row)
-            self.rows_of.append(rows)
+        none = np.zeros(0, dtype=np.int64)
+        before, rows_before, num_rows = tuple[int, ...](), none, 0
+        tokens, positions, owners = [none], [none], [none]
+        self.sharers: dict[int, list[int]] = {}  # row -> slots that are to have it, beside the one it is computed in
+        self.rows_of: list[npt.NDArray[np.int64]] = [none] * len(sequences)  # the rows of each sequence
+        for index in sorted(
+            range(len(sequences)), key=lambda one: tuple(sequences[one])
+        ):  # what begins alike is side by side
+            sequence = sequences[index]
+            shared = _num_shared(before, sequence)
+            num_new = len(sequence) - shared
+            tokens.append(np.array(sequence[shared:], dtype=np.int64))
+            positions.append(np.arange(shared, len(sequence)))
+            owners.append(np.full(num_new, slots[index]))
+            rows = np.concatenate([rows_before[:shared], np.arange(num_rows, num_rows + num_new)])
+            for row in rows[:shared].tolist():
+                self.sharers.setdefault(row, []).append(slots[index])
+            self.rows_of[index] = rows
+            before, rows_before, num_rows = tuple(sequence), rows, num_rows + num_new
+        self.tokens, self.positions, self.slots = map(np.concatenate, (tokens, positions, owners))  # of each row
+
+
+def _num_shared(left: Sequence[int], right: Sequence[int]) -> int:
+    """Return how many tokens two sequences begin with alike."""
+    pairs = enumerate(zip(left, right, strict=False))
+    return next((at for at, (one, other) in pairs if one != other), min(len(left), len(right)))
 
 
 def _pad_rows(tensor: torch.Tensor, multiple: int = 2 * _LANES) -> torch.Tensor:
@@ -112,6 +123,8 @@ def _times(library: Kernels, model: _Model, x: torch.Tensor, num_out: int) -> to
 
 class NativeRunner(ModelRunner):
     """Runs a Llama-shaped model through the compiled kernels."""
+
+    decodes_while_prefilling = True
 
     def __init__(self, model: Any, num_slots: int, capacity: int) -> None:
         library = kernels()
@@ -253,13 +266,27 @@ class NativeRunner(ModelRunner):
         self, sequences: Sequence[Sequence[int]], slots: Sequence[int], num_last: Sequence[int] | None = None
     ) -> torch.Tensor:
         """Fill slots with whole sequences; see ModelRunner."""
-        tree = _Prefixes(sequences, slots)
-        places = self._places[torch.tensor([sharers[0] for sharers in tree.sharers])]
-        others = [sharers[1:] for sharers in tree.sharers] if len(tree.tokens) < sum(map(len, sequences)) else None
-        hidden = self._forward(torch.tensor(tree.tokens), places, torch.tensor(tree.positions), others)
+        return self.decode_and_prefill(torch.zeros(0, dtype=torch.int64), [], sequences, slots, num_last)
+
+    def decode_and_prefill(
+        self,
+        tokens: torch.Tensor,
+        lengths: Sequence[int],
+        sequences: Sequence[Sequence[int]],
+        slots: Sequence[int],
+        num_last: Sequence[int] | None = None,
+    ) -> torch.Tensor:
+        """Do both in one pass; see ModelRunner."""
+        tree, num = _Prefixes(sequences, slots), len(lengths)
+        places = torch.cat([self._places[:num], self._places[torch.from_numpy(tree.slots)]])
+        positions = torch.from_numpy(np.concatenate([np.array(lengths, dtype=np.int64), tree.positions]))
+        sharers = None
+        if tree.sharers:
+            sharers = [*([()] * num), *(tree.sharers.get(row, ()) for row in range(len(tree.tokens)))]
+        hidden = self._forward(torch.cat([tokens, torch.from_numpy(tree.tokens)]), places, positions, sharers)
         counts = num_last or [1] * len(slots)
-        wanted = [row for rows, num in zip(tree.rows_of, counts, strict=True) for row in rows[-num:]]
-        return hidden[torch.tensor(wanted)]
+        wanted = [num + rows[-count:] for rows, count in zip(tree.rows_of, counts, strict=True)]
+        return hidden[torch.from_numpy(np.concatenate([np.arange(num), *wanted]))]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Apply the language model head; see ModelRunner."""

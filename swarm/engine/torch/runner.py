@@ -10,7 +10,7 @@ engine keeps them dense by `move`. Nothing is reallocated per step.
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ class ModelRunner(ABC):
 
     device: torch.device
     vocab_size: int
+    decodes_while_prefilling: ClassVar[bool] = False  # whether it has `decode_and_prefill`
     max_prefill_rows = 8192  # whose states one prefill is asked for, as far as single sequences allow; bounds memory
 
     @abstractmethod
@@ -58,6 +59,20 @@ class ModelRunner(ABC):
 
         tokens: int64 [n]. lengths: tokens that each slot holds before this one. returns: [n, hidden].
         """
+
+    def decode_and_prefill(
+        self,
+        tokens: torch.Tensor,
+        lengths: Sequence[int],
+        sequences: Sequence[Sequence[int]],
+        slots: Sequence[int],
+        num_last: Sequence[int] | None = None,
+    ) -> torch.Tensor:
+        """`decode` the slots 0 to n - 1 and `prefill` others, in one pass: a pass costs as much as several tokens.
+
+        returns: [n + sum(num_last), hidden].
+        """
+        raise NotImplementedError(f"{type(self).__name__} prefills by itself")
 
     @abstractmethod
     def extend(self, tokens: torch.Tensor, counts: Sequence[int], lengths: Sequence[int]) -> torch.Tensor:
