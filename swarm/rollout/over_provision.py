@@ -27,7 +27,7 @@ __all__ = ["OverProvision", "saved_tokens"]
 
 _LADDER = (1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0)  # above 1
 _LEAST_TAIL = 0.3  # share of a synchronous round's slot steps that its tail leaves idle
-_LEAST_GAIN = 0.05  # of a synchronous round's cost, that a factor has to save by the forecast
+_LEAST_GAIN = 0.1  # of a synchronous round's cost, that a factor has to save by the forecast: so much it may be off
 _HYSTERESIS = 0.02  # of the cost: a factor that is cheaper by less is not gone to
 _FIRST_LOOK = 2  # runs before the first look
 _LEAST_WAIT, _MOST_WAIT = 8, 64  # runs between two looks, longer each time that nothing changes

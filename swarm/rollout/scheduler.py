@@ -203,8 +203,7 @@ class GroupScheduler:
 
     def _fill_slots(self) -> None:
         """Give the engine what it has slots for."""
-        num_free = self._engine.num_slots - self._engine.num_unfinished
-        if self._queue and num_free > 0:
+        if self._queue and (num_free := self._engine.num_slots - self._engine.num_unfinished) > 0:
             self._engine.submit([self._request(*self._queue.popleft()) for _ in range(min(num_free, len(self._queue)))])
 
     def _is_stale(self, member: Member) -> bool:
