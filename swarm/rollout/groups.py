@@ -70,6 +70,8 @@ class Group:
         Siblings of one prompt tend to be of one length. A member that is longer than all of them is expected to need
         as much again as it has, which is what a heavy tail does.
         """
+        if not self.num_tokens:
+            return 1.0
         finished = [member.num_tokens for member in self.members if member.is_finished]
         most = 0.0
         for member in self.members:

@@ -17,7 +17,7 @@ that ends the run; a group has an age cap, at which a run waits for it; the orde
 What a group asks, and how many are in flight, is the collector's.
 """
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
@@ -62,6 +62,7 @@ class GroupScheduler:
         self._queue: deque[tuple[Group, Member]] = deque()  # to be given to the engine when it has a slot for them
         self._asked: dict[int, tuple[Group, Member]] = {}  # by request id, what the engine holds
         self._held: set[int] = set()  # the members of both
+        self._num_held: Counter[GroupKey] = Counter()  # of each group
         self._next_request_id = 0
         self._num_finished = 0
         self._num_resumed = 0  # tokens that this run has given back to the engine
@@ -134,6 +135,7 @@ class GroupScheduler:
         self._queue.clear()
         self._asked.clear()
         self._held.clear()
+        self._num_held.clear()
         num_wanted = num_groups if self._order == "arrival" else 0
         missing = {group.key for group in self._groups.values() if not self._arrived(group)}
         if missing.isdisjoint(due) and len(self._groups) - len(missing) >= num_wanted:
@@ -146,9 +148,11 @@ class GroupScheduler:
                 raise RuntimeError("the engine has nothing left to write, and groups are not whole")
             for completion in self._engine.step():
                 group = self._take(completion)
+                if self._num_held[group.key]:
+                    continue
                 if self._arrived(group):
                     missing.discard(group.key)
-                elif group.is_finished:
+                else:
                     self._enqueue(group, is_due=group.key in due)
 
     def state(self) -> list[dict[str, Any]]:
@@ -199,6 +203,7 @@ class GroupScheduler:
             is_wanted = not member.is_finished or (may_return and self._is_stale(member))
             if is_wanted and id(member) not in self._held:
                 self._held.add(id(member))
+                self._num_held[group.key] += 1
                 self._queue.append((group, member))
 
     def _fill_slots(self) -> None:
@@ -212,8 +217,9 @@ class GroupScheduler:
 
     def _request(self, group: Group, member: Member) -> Request:
         self._next_request_id += 1
-        written, as_draft = member.written, self._is_stale(member)
-        if member.num_tokens:
+        written, as_draft = member.written, False
+        if written is not None:
+            as_draft = self._is_stale(member)
             self._num_resumed += member.num_tokens
             self._resumed.add(group.key)
         self._asked[self._next_request_id] = group, member
@@ -230,6 +236,7 @@ class GroupScheduler:
         """Keep what the engine gives back. A draft that it has not come to is still the member's own."""
         group, member = self._asked.pop(completion.request_id)
         self._held.discard(id(member))
+        self._num_held[group.key] -= 1
         if completion.token_ids:
             before = () if member.written is None else member.written.token_ids
             self._num_drafts_cut += completion.token_ids[: len(before)] != before
