@@ -52,14 +52,9 @@ _MEDIAN, _CAP = 14, 16 * 14  # `tiny` takes 256 positions
 _SIGMA = math.log(8.3) / 2.326  # of the logarithm: the 99th percentile is 8.3 medians
 _MAX_SLOTS, _MAX_PROMPT = 64, 32
 _PARTS = ("throughput", "discarded", "overhead")
-_WORKLOADS = {"2x4": 60, "4x4": 40, "8x8": 16}  # rounds of each
+_WORKLOADS = {"2x4": 60, "4x4": 60, "8x8": 60}  # rounds of each
 _RATES = (1e-6, 1e-5, 1e-4)
-_STEP_COSTS = (
-    12.0,
-    40.0,
-    120.0,
-    400.0,
-)  # `tiny` on a core here; a GPU reads its weights in the time of 100 to 300 tokens
+_STEP_COSTS = (10.0, 40.0, 120.0, 400.0)  # `tiny` on a CPU; a GPU reads its weights in the time of 100 to 300 tokens
 _OWN_WARMUP_ROUNDS = 2
 _WARMUP_ROUNDS = 6  # until as much is written ahead as a round takes from it
 _GAIN, _NEVER_BELOW, _OVERHEAD, _MAX_TOKENS = 1.44, 0.97, 0.99, 256
@@ -254,10 +249,16 @@ def _play_all(bench: Bench, workload: str, num_rounds: int) -> dict[str, dict[st
         for name, (config, rate) in _settings(num_completions, learns=bench.engine is None).items()
     }
     for round_index in range(num_rounds + _WARMUP_ROUNDS):
-        for side in sides.values():
-            side.play(tasks(round_index), round_index)
+        for name in _in_turn(list(sides), round_index):
+            sides[name].play(tasks(round_index), round_index)
     against = sides["synchronous"]
     return {name: _describe(side, None if side is against else against) for name, side in sides.items()}
+
+
+def _in_turn(names: list[str], round_index: int) -> list[str]:
+    """Let another one be first in every round."""
+    first = round_index % len(names)
+    return names[first:] + names[:first]
 
 
 def _median_of(repeats: Sequence[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
@@ -311,7 +312,7 @@ def discarded(bench: Bench, num_rounds: int) -> tuple[dict[str, Any], list[Bar]]
 
 
 def overhead(bench: Bench, num_rounds: int) -> tuple[dict[str, Any], list[Bar]]:
-    """No tail: nothing to gain."""
+    """No tail: nothing to gain. Rounds are compared pair by pair, as the machine drifts."""
     tasks = _tasks(8)
     base = RolloutConfig(num_completions=8, max_new_tokens=64, schedule="partial")
     plain = base.model_copy(update={"schedule": "synchronous"})
@@ -319,14 +320,16 @@ def overhead(bench: Bench, num_rounds: int) -> tuple[dict[str, Any], list[Bar]]:
     for round_index in range(num_rounds):
         for side in sides if round_index % 2 else reversed(sides):
             side.play(tasks(round_index), round_index)
-    first, second = (sorted(side.seconds) for side in sides)
-    half = num_rounds // 2  # of the quicker halves: what else ran on the machine is in the slower ones
-    ratio = sum(first[:half]) / sum(second[:half])
+    first, second = (side.seconds for side in sides)
+    ratios = sorted(one / other for one, other in zip(first, second, strict=True))
+    off = round(0.98 * math.sqrt(num_rounds))  # ranks between the median and the ends of its 95 % interval
+    middle = num_rounds // 2
     figures = {
         "synchronous_s": round(statistics.median(first), 5), "partial_s": round(statistics.median(second), 5),
-        "over_provision_at_most": max(row["over_provision"] for row in sides[1].rows),
+        "ratio_95": [round(ratios[max(0, middle - off)], 4), round(ratios[min(num_rounds - 1, middle + off)], 4)],
+        "over_provision_at_most": max(row["over_provision"] for row in sides[1].rows), "num_rounds": num_rounds,
     }  # fmt: skip
-    return figures, [Bar("no tail: partial against synchronous", round(ratio, 4), _OVERHEAD)]
+    return figures, [Bar("no tail: partial against synchronous", round(statistics.median(ratios), 4), _OVERHEAD)]
 
 
 def own(workloads: Mapping[str, int], clock: Callable[[], float]) -> tuple[dict[str, Any], list[Bar]]:
@@ -421,7 +424,7 @@ def main() -> None:
     parts: dict[str, Callable[[], tuple[dict[str, Any], list[Bar]]]] = {
         "throughput": lambda: throughput(bench, rounds({"4x4": 2} if few else _WORKLOADS), 1 if few else args.repeats),
         "discarded": lambda: discarded(bench, 12 if few else 200),
-        "overhead": lambda: overhead(bench, 10 if few else 100),
+        "overhead": lambda: overhead(bench, 10 if few else 200),
         "own": lambda: own(rounds({"4x4": 4}), clock),
         "learning": lambda: learning(range(1 if few else 5), 20 if few else 40, clock),
         "reckoned": reckoned,
