@@ -1,13 +1,15 @@
 """Relays of the transport libp2p: a node that nobody can connect to is reached through a peer that can be."""
 
 import asyncio
+import socket
+import time
 
 import pytest
 
 from protocol.identity import Identity
 from protocol.transport.base import MAX_FRAME_BYTES, Judgement, PeerUnreachable, TransportError
 from protocol.transport.libp2p import Libp2pSettings, Libp2pTransport
-from protocol.transport.peer_id import peer_id_of
+from protocol.transport.peer_id import peer_bytes_of, peer_id_of
 
 pytestmark = pytest.mark.libp2p
 LISTEN = ("/ip4/127.0.0.1/tcp/0",)
@@ -46,14 +48,12 @@ async def ask(asker, asked, payload=b"hello"):
     return await asker.request(asked.node_id, "echo", payload, max_response_bytes=MAX_FRAME_BYTES, timeout_s=WITHIN_S)
 
 
-async def ask_anew(asker, asked):
-    """Ask after a circuit was cut: who has not noticed yet asks on what is gone, which fails as any lost peer does."""
+async def until_apart(one, other):
+    """Wait until both have noticed that nothing connects them: until then a request may go out on what is gone."""
     async with asyncio.timeout(WITHIN_S):
-        while True:
-            try:
-                return await ask(asker, asked)
-            except PeerUnreachable:
-                await asyncio.sleep(0.1)
+        for node, peer in ((one, other), (other, one)):
+            while peer_bytes_of(peer.node_id) in dict(await node._session.daemon.peers()):  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
 
 
 async def hidden_behind(folder, relay, name="hidden", **settings):
@@ -178,14 +178,54 @@ def test_a_circuit_ends_with_its_bytes_or_its_time_and_is_made_anew(tmp_path, mo
         assert await ask(other, hidden, bytes(50_000)) == bytes(50_000)
         with pytest.raises(PeerUnreachable):
             await ask(other, hidden, bytes(400_000))
-        assert await ask_anew(other, hidden) == b"hello"
+        assert await ask(other, hidden) == b"hello"
         monkeypatch.undo()
         monkeypatch.setattr(libp2p_relay, "CIRCUIT_S", 0.5)
         await other.disconnect(hidden.node_id)
         await other.connect(hidden.addresses[0], timeout_s=WITHIN_S)
         await until(lambda: relay.details()["num_relayed_circuits"] == 0, "the end of the circuit")
+        assert len(await relay._session.daemon.peers()) == 2  # what ended is the circuit alone
+        await until_apart(hidden, other)
         monkeypatch.undo()
-        assert await ask_anew(other, hidden) == b"hello"
+        assert await ask(other, hidden) == b"hello"
+        for node in (relay, hidden, other):
+            await node.close()
+
+    asyncio.run(main())
+
+
+def test_a_circuit_that_is_cut_in_the_middle_of_a_write_leaves_the_connections_that_carry_it(tmp_path, monkeypatch):
+    """They carry other circuits, and what their ends say to the relay."""
+    from protocol.transport import libp2p_relay
+    from protocol.transport.libp2p_wire import Connection
+
+    async def be_busy():
+        time.sleep(3)  # noqa: ASYNC251  # nobody reads there meanwhile: the relay cannot go on writing
+
+    async def main():
+        relay = await start(tmp_path, "relay", force_reachability="public")
+        hidden = await hidden_behind(tmp_path, relay)
+        network = relay._session.daemon._network
+        before = [connection for connections in network.connections.values() for connection in connections]
+        raw = before[0].muxed_conn.secured_conn.conn.read_writer.read_write_closer
+        raw.stream.stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        other = await start(tmp_path, "other")
+        await other.connect(relay.addresses[0], timeout_s=WITHIN_S)
+        before = [connection for connections in network.connections.values() for connection in connections]
+        assert all(type(connection.muxed_conn) is Connection for connection in before)
+        monkeypatch.setattr(libp2p_relay, "CIRCUIT_S", 2)
+        await other.connect(hidden.addresses[0], timeout_s=WITHIN_S)
+        monkeypatch.undo()
+        busy = asyncio.create_task(hidden._session.daemon._thread.call(be_busy))
+        with pytest.raises(PeerUnreachable):
+            await ask(other, hidden, bytes(2**20))
+        await busy
+        await until_apart(hidden, other)
+        assert await ask(other, hidden, bytes(2**20)) == bytes(2**20)
+        for asker, asked in ((relay, hidden), (hidden, relay), (other, relay)):
+            assert await ask(asker, asked, bytes(2**20)) == bytes(2**20)
+        assert [one for connections in network.connections.values() for one in connections] == before
+        assert not any(connection.is_closed for connection in before)
         for node in (relay, hidden, other):
             await node.close()
 
