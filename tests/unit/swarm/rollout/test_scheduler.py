@@ -243,3 +243,18 @@ def test_random_lengths_use_the_slots_that_a_tail_leaves(simulated):
         )  # fmt: skip
         steps[factor] = engine.stats.num_steps
     assert steps[3] < 0.6 * steps[1]
+
+
+def test_the_engine_gets_what_it_has_slots_for(make):
+    """What waits behind the slots is neither given nor counted as resumed; a round that is whole gives nothing."""
+    scheduler, engine = make([(3, 9), (2, 2), (9, 9), (9, 9)], order="submission", num_slots=3)
+    held = []
+    engine.submit = lambda requests, submit=engine.submit: (submit(requests), held.append(engine.num_unfinished))
+    groups, counts = scheduler.run(1)
+    assert (places(groups), max(held)) == ([0], 3)
+    assert [group.num_tokens for group in scheduler.groups] == [4, 11, 0], "a slot was left idle"
+    held.clear()
+    groups, counts = scheduler.run(1)
+    assert (places(groups), counts.num_steps, counts.num_tokens_resumed, held) == ([1], 0, 0, [])
+    groups, counts = scheduler.run(1)
+    assert (places(groups), counts.num_tokens_resumed) == ([2], 11)
