@@ -8,7 +8,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
-from swarm.engine.torch import sampling
+from swarm.config import EngineConfig
+from swarm.engine.base import Request, SamplingParams
+from swarm.engine.torch import TorchEngine, sampling
 from swarm.engine.torch.llama import LlamaRunner
 from swarm.engine.torch.native import NativeRunner
 from swarm.native import INSTRUCTION_SETS, kernels
@@ -191,6 +193,46 @@ def test_what_sequences_begin_with_is_computed_once_and_has_the_same_bits(instru
     lengths = [len(s) for _, s in sorted(zip(slots, sequences, strict=True))]
     tokens = torch.arange(len(slots))
     assert torch.equal(together.decode(tokens, lengths), apart.decode(tokens, lengths))
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_prefilled_while_others_decode_has_the_same_bits(instruction_set, dtype):
+    """More rows than a call takes, slots that have moved, and sequences that share their beginning."""
+    model = model_of("plain", dtype)
+    running = [sequence(length, 203, 1) for length in (3, 40, 17)]
+    fresh = [sequence(600, 203), [*sequence(32, 203), 5, 6], [7]]
+    apart, together = (NativeRunner(model, 6, 640) for _ in range(2))
+    for runner in (apart, together):
+        runner.prefill(running, [0, 4, 2])
+        runner.move(4, 1, 40)
+    tokens, lengths, slots, num_last = torch.tensor([9, 8, 7]), [3, 40, 17], [3, 5, 4], [2, 3, 1]
+    expected = torch.cat([apart.decode(tokens, lengths), apart.prefill(fresh, slots, num_last)])
+    assert torch.equal(together.decode_and_prefill(tokens, lengths, fresh, slots, num_last), expected)
+    lengths = [4, 41, 18, 600, 1, 34]
+    assert torch.equal(together.decode(torch.arange(6), lengths), apart.decode(torch.arange(6), lengths))
+
+
+@needs_kernels
+def test_the_engine_prefills_while_others_decode():
+    """One call of the kernels for a step, and what comes out is what an engine with room for all writes."""
+    model = model_of("plain", torch.float32)
+    asked = [Request(at, tuple(sequence(9, 203, at % 3)), at, SamplingParams(3 + at % 5)) for at in range(12)]
+
+    def engine(num_slots):
+        return TorchEngine(model, eos_token_ids=[], config=EngineConfig(max_slots=num_slots), max_seq_len=64)
+
+    narrow, counts = engine(4), []
+    forward = narrow._runner._forward
+    narrow._runner._forward = lambda *args: (counts.append(len(args[0])), forward(*args))[1]
+    narrow.submit(asked)
+    done = {}
+    while narrow.num_unfinished:
+        counts.clear()
+        done |= {one.request_id: one for one in narrow.step()}
+        assert len(counts) == (2 if narrow.stats.num_steps == 1 else 1)
+    for one in engine(12).generate(asked):
+        assert (one.token_ids, one.logprobs) == (done[one.request_id].token_ids, done[one.request_id].logprobs)
 
 
 @needs_kernels
