@@ -10,7 +10,7 @@ NO_MODEL = "none"  # the label of who has no policy: a bootstrap, a crawler
 
 @dataclass(frozen=True, slots=True)
 class NodeAbout:
-    """The part of a node record that the process knows. Shown to people; nothing is decided by it."""
+    """The part of a node record that the process knows. Shown to people, and a bridge asks trainers alone for news."""
 
     role: Literal["trainer", "bootstrap"]
     software: str  # e.g. "swarm-node/0.2.0"

@@ -170,6 +170,12 @@ class Gossip:
         for link in chosen or self._choose(links, 1):
             self._tell(link, batch, delay_s=0.0)
 
+    def tell(self, node_id: str, batch: LiveBatch) -> None:
+        """Tell one neighbour of a batch, be it once more: something of it can be had here now."""
+        link = self._neighbours.ids.get(node_id)
+        if link is not None:
+            self._tell(link, batch, delay_s=0.0)
+
     def relay(self, batch: LiveBatch) -> None:
         """Tell a few neighbours of another author's batch, once, if they may not know it and want to hear."""
         if batch.relayed:

@@ -24,6 +24,8 @@ from protocol.pulling import Pulling
 __all__ = ["Fetching", "Sources"]
 
 ASK_S = 3.0  # for one holder
+ASK_SLOW_S = 0.5  # for one that has let that time pass lately: it is asked last
+SLOW_FOR_S = 60.0
 BRING_S = 8.0  # for all of them: a node waits ten seconds for a pull
 MAX_FLIGHTS = 256  # frames that are being brought at one time
 MAX_HOLDERS_ASKED = 3  # of those that may be, and of the others
@@ -54,6 +56,7 @@ class Fetching:
     ) -> None:
         self._local, self._store, self._admission = local, store, admission
         self._pulling, self._neighbours = pulling, neighbours
+        self._slow_until_s: dict[str, float] = {}  # by holder
         self._flights: dict[tuple[bytes, int], _Flight] = {}
         self.num_fetched = self.num_missed = 0  # frames
 
@@ -95,7 +98,7 @@ class Fetching:
         self, batch: LiveBatch, sources: Sources, holders: dict[str, int], wanted: set[int], asked: set[str]
     ) -> None:
         for holder in self._in_turn(batch, holders, wanted, asked):
-            answer = await self._pulling.ask(holder, batch, sorted(wanted), ASK_S)
+            answer = await self._ask(holder, batch, sorted(wanted))
             if answer is None:
                 continue
             leaves, frames = answer
@@ -108,10 +111,28 @@ class Fetching:
                 else:
                     sources.refused |= 1 << number
 
+    async def _ask(
+        self, holder: str, batch: LiveBatch, numbers: list[int]
+    ) -> tuple[tuple[bytes, ...], dict[int, bytes]] | None:
+        """Ask one holder, for as long as it has earned; return what `Pulling.ask` does."""
+        patience_s, loop = ASK_SLOW_S if self._is_slow(holder) else ASK_S, asyncio.get_running_loop()
+        began_s = loop.time()
+        answer = await self._pulling.ask(holder, batch, numbers, patience_s)
+        if answer is None and loop.time() - began_s >= patience_s:
+            now_s = self._local.clock()
+            self._slow_until_s = {holder: until_s for holder, until_s in self._slow_until_s.items() if until_s > now_s}
+            self._slow_until_s[holder] = now_s + SLOW_FOR_S
+        return answer
+
+    def _is_slow(self, holder: str) -> bool:
+        return self._slow_until_s.get(holder, 0.0) > self._local.clock()
+
     def _in_turn(self, batch: LiveBatch, holders: dict[str, int], wanted: set[int], asked: set[str]) -> Iterator[str]:
-        """Yield whom to ask next for what is still wanted: neighbours first."""
+        """Yield whom to ask next for what is still wanted: neighbours first, those that are slow last."""
         local, near = self._local, self._neighbours.ids
-        for holder in sorted(holders, key=lambda holder: holder not in near)[: MAX_HOLDERS_ASKED + len(asked)]:
+        for holder in sorted(holders, key=lambda holder: (self._is_slow(holder), holder not in near))[
+            : MAX_HOLDERS_ASKED + len(asked)
+        ]:
             mask = sum(1 << number for number in wanted)
             if not holders[holder] & mask or holder in asked or local.reputation.is_banned(holder, local.clock()):
                 continue

@@ -5,13 +5,16 @@
     frames    nothing is fetched before a node over there asks for it (`fetching`); then it stays in the store
     appetite  this network is told that the bridge wants to hear more while a node over there does, which has fetched
               something lately or is new: what is told follows what is used, on both sides
+    use       what nodes over there have learnt from makes a record of its author here, as in any node: authors without
+              one share a quota, each with one has its own (`vouching`)
     records   of nodes over there, shown to who looks at the swarm (`swarm-node network`); no node dials them
 
 A batch belongs to the side that has heard of it first, and crosses once: what a side was told by the other it does not
 offer back, and what it knew it does not take. Both sides have one identity. Nothing is signed, scored or altered here:
 a frame that is not its author's own, byte for byte, is no good to anybody.
 
-What the channel carries are requests of the protocol (`announce`, `pull`) and the records of a response to `peers`.
+What the channel carries are requests of the protocol (`announce`, `pull`), the records of a response to `peers`, and
+public keys of authors (`useful`).
 """
 
 import asyncio
@@ -22,9 +25,11 @@ from typing import Any
 
 from protocol.announcements import LiveBatch
 from protocol.bridge.channel import Channel, ChannelBroken
-from protocol.bridge.fetching import BRING_S, Fetching, Sources
+from protocol.bridge.errands import Errands
+from protocol.bridge.fetching import Fetching, Sources
 from protocol.bridge.records import FarRecords
 from protocol.bridge.store import BridgeStore
+from protocol.bridge.vouching import MAX_AUTHORS_BYTES, Vouching, decode_authors, encode_authors
 from protocol.limits import (
     MAX_ANNOUNCE_REQUEST_BYTES,
     MAX_PEERS_RESPONSE_BYTES,
@@ -35,27 +40,22 @@ from protocol.limits import (
 from protocol.member import Member
 from protocol.neighbours import Neighbour
 from protocol.quota import Quotas
-from protocol.refusals import Reason, Refusal
+from protocol.refusals import Reason
 from protocol.requests import (
     AnnounceRequest,
     AnnounceResponse,
     Offer,
-    PullRequest,
     PullResponse,
-    check_pull,
     decode_announce_request,
     decode_announce_response,
     decode_pull_request,
-    decode_pull_response,
     encode_announce_request,
     encode_announce_response,
-    encode_pull_request,
     encode_pull_response,
     fitting_offers,
-    max_pull_response_bytes,
 )
 from protocol.tasks import first_of
-from protocol.transport.base import RequestRefused, RequestTimedOut, TransportError
+from protocol.transport.base import RequestRefused, RequestTimedOut
 
 __all__ = ["BridgeSide"]
 
@@ -64,7 +64,7 @@ RECORDS_EVERY_TICKS = 5
 USE_S = 60.0  # for which a neighbour that has fetched something is believed to want more
 CATCH_UP_BATCHES = 32  # heard of here; as long as it is fewer, neighbours are asked for what was published before
 ANSWER_WITHIN_S = 30.0  # of the other side, a process of this machine: one that takes longer is stuck
-_BURST_S = 8.0
+_AUTHOR_BURST_S = 64.0  # as of what a neighbour may tell
 _NOT_HERE = "not_here"  # nobody gives it just now: another time, perhaps
 
 
@@ -79,23 +79,26 @@ class BridgeSide:
         self._unsaid: dict[bytes, None] = {}  # of these, those that the other side is to be told of
         self._news = asyncio.Event()
         self._far_quiet_until_s = 0.0  # unix seconds
-        self._used_at_s: dict[str, float] = {}  # by neighbour: when it has fetched a batch of the other side last
-        rate = member.config.max_served_bytes_per_s
-        self._errands = Quotas(rate, rate * _BURST_S, 1024)  # bytes that a peer may have fetched
-        self._num_offered = self._num_taken = self._num_known = self._num_brought = self._num_bytes_brought = 0
+        self.errands = Errands(member.local, member.announcements, store, channel, member.gossip.tell)
+        rate = member.config.max_announcements_per_s
+        self._crossings = Quotas(rate, rate * _AUTHOR_BURST_S, 1024)  # batches of an author with a record
+        self._vouching = Vouching(member.local, member.announcements, store, member.neighbours)
+        self._num_offered = self._num_taken = self._num_known = 0
         member.gossip.on_offer = self._heard
         member.gossip.num_lacking = lambda: int(self._far_wants)
         member.gossip.num_unknown = self._num_to_catch_up
-        member.pulling.bring = self._bring
+        member.pulling.bring = self.errands.bring
         member.upkeep.tell_beyond = self._records.some
         channel.handle("announce", self._handle_announce, max_request_bytes=MAX_ANNOUNCE_REQUEST_BYTES)
         channel.handle("pull", self._handle_pull, max_request_bytes=MAX_PULL_REQUEST_BYTES)
+        channel.handle("useful", self._handle_useful, max_request_bytes=MAX_AUTHORS_BYTES)
         channel.handle("records", self._records.handle, max_request_bytes=MAX_PEERS_RESPONSE_BYTES)
 
     async def start(self) -> None:
         """Start the member, and let things cross; the channel was started. Raises what the member's start does."""
         await self.member.start()
         self._local.tasks.spawn(self._tell_loop(), "bridge")
+        self._local.tasks.spawn(self._vouch_loop(), "vouch")
 
     async def close(self) -> None:
         """Leave the network, with the member's state saved, and hang up."""
@@ -117,11 +120,12 @@ class BridgeSide:
             "batches_known": self._num_known,
             "frames_fetched": self.fetching.num_fetched,
             "frames_missed": self.fetching.num_missed,
-            "frames_brought": self._num_brought,
-            "bytes_brought": self._num_bytes_brought,
+            "frames_brought": self.errands.num_brought,
+            "bytes_brought": self.errands.num_bytes_brought,
             "batches_to_give": self._store.num_claims,
             "nodes_beyond": len(self._records),
             "is_wanted": self._far_wants,
+            "authors_known": self._num_authors_known(),
         }
         return found
 
@@ -129,6 +133,11 @@ class BridgeSide:
     def _far_wants(self) -> bool:
         """Whether a node over there wants to hear of more."""
         return self._local.clock() >= self._far_quiet_until_s
+
+    def _num_authors_known(self) -> int:
+        """Authors of live batches that have a record."""
+        now_s, reputation = self._local.clock(), self._local.reputation
+        return sum(reputation.is_established(author, now_s) for author in self.member.announcements.authors)
 
     def _num_to_catch_up(self) -> int:
         return max(0, CATCH_UP_BATCHES - len(self._sources)) if self._far_wants else 0
@@ -141,7 +150,12 @@ class BridgeSide:
             return  # it comes from the other side
         is_here = batch.author == teller or batch.author in self.member.directory
         frames = batch.all_frames if is_here else held
-        sources = self._sources.setdefault(batch.root, Sources())
+        sources = self._sources.get(batch.root)
+        if sources is None:
+            if not self._may_cross(batch.author):
+                self._local.refuse(Reason.QUOTA)
+                return
+            sources = self._sources[batch.root] = Sources()
         new = frames & ~sources.offered
         if not new:
             return
@@ -152,6 +166,11 @@ class BridgeSide:
         sources.offered |= new
         self._unsaid[batch.root] = None
         self._news.set()
+
+    def _may_cross(self, author: str) -> bool:
+        """Whether one more batch may cross; those of authors without a record were counted as they were heard."""
+        now_s = self._local.clock()
+        return not self._local.reputation.is_established(author, now_s) or self._crossings.take(author, now_s)
 
     async def _tell_loop(self) -> None:
         """Tell the other side, and hear what it wants. Waits for news, or its turn; ends with the member."""
@@ -193,6 +212,13 @@ class BridgeSide:
             )
         except RequestTimedOut:
             raise ChannelBroken(f"the other side has not answered for {ANSWER_WITHIN_S:g} s") from None
+
+    async def _vouch_loop(self) -> None:
+        """Tell the other side whose groups are of use here. Waits for its turn; ends with the member."""
+        while True:
+            await asyncio.sleep(self._local.config.repair_s * self._local.rng.uniform(0.8, 1.2))
+            if authors := await self._vouching.ask():
+                await self._say("useful", encode_authors(authors))
 
     def _offers(self, roots: list[bytes]) -> Iterator[Offer]:
         for root in roots:
@@ -237,6 +263,12 @@ class BridgeSide:
             self._num_taken += 1
             member.gossip.announce(batch)
 
+    async def _handle_useful(self, asker: str, payload: bytes) -> bytes:
+        """Make a record of authors of this side that nodes over there have learnt from."""
+        for author in decode_authors(payload):
+            self._local.reputation.useful(author, self._local.clock())
+        return b""
+
     def _quiet_s(self) -> int:
         """For how long none of those neighbours that use what crosses wants to hear of more."""
         now_s = self._local.clock()
@@ -244,60 +276,11 @@ class BridgeSide:
         return max(0, min(MAX_QUIET_S, math.ceil(min(waits, default=TICK_S))))
 
     def _uses(self, link: Neighbour, now_s: float) -> bool:
-        return now_s - max(link.since_s, self._used_at_s.get(link.node_id, 0.0)) <= USE_S
-
-    async def _bring(self, asker: str, request: PullRequest) -> None:
-        """Fetch what a peer asks for and is not here from the other side."""
-        store, now_s = self._store, self._local.clock()
-        batch, claimed = self.member.announcements.get(request.root), store.claimed(request.root)
-        if batch is None or not claimed:
-            return
-        self._used_at_s[asker] = now_s
-        missing, size = list[int](), 0
-        for number in request.numbers:
-            if claimed >> number & 1 and not store.held(request.root) >> number & 1:
-                size += batch.announcement.frame_sizes[number]
-                if size <= self._local.config.max_pull_bytes or not missing:
-                    missing.append(number)
-        if not missing:
-            return
-        if not self._errands.take(asker, now_s, min(size, self._local.config.max_pull_bytes)):
-            raise self._local.refuse_request(Reason.QUOTA, "more frames than one peer may have fetched; ask later")
-        await self._fetch(batch, missing)
-
-    async def _fetch(self, batch: LiveBatch, numbers: list[int]) -> None:
-        """Have the other side bring frames, and hold those that come."""
-        try:
-            data = await self._channel.request(
-                "pull",
-                encode_pull_request(PullRequest(batch.root, tuple(numbers))),
-                max_response_bytes=max_pull_response_bytes(batch.announcement, numbers),
-                timeout_s=BRING_S + 1,
-            )
-            response = decode_pull_response(data)
-            frames = check_pull(batch.announcement, numbers, response)
-        except RequestRefused as refused:
-            if refused.code == Reason.NOT_HELD:
-                self._store.give_up(batch.root)
-            return
-        except TransportError:
-            self._local.counters.requests_failed += 1
-            return
-        except Refusal as refusal:
-            self._local.refuse(refusal.reason)
-            return
-        expires_at_s = batch.created_at_s + self._local.config.freshness_s
-        held = self._store.held(batch.root)  # another peer's request may have brought the same meanwhile
-        new = {number: frame for number, frame in frames.items() if not held >> number & 1}
-        for number, frame in new.items():
-            self._store.add(batch.root, response.leaves, number, frame, expires_at_s)
-        self._num_brought += len(new)
-        self._num_bytes_brought += sum(map(len, new.values()))
+        return now_s - max(link.since_s, self.errands.used_at_s.get(link.node_id, 0.0)) <= USE_S
 
     def _forget(self) -> None:
         """Keep no more than there are live batches and neighbours."""
         live = self.member.announcements
         if len(self._sources) > len(live):
             self._sources = {root: one for root, one in self._sources.items() if live.get(root) is not None}
-        horizon_s = self._local.clock() - USE_S
-        self._used_at_s = {node_id: at_s for node_id, at_s in self._used_at_s.items() if at_s >= horizon_s}
+        self.errands.forget(self._local.clock() - USE_S)
