@@ -1,7 +1,8 @@
 """The DHT of the transport `libp2p`: Kademlia over the nodes' own request streams.
 
     libp2p_routing    whom a node knows               libp2p_dht_messages   what is asked, as bytes
-    records           what it stores and believes     here                  answering, walking, storing, looking up
+    records           what it stores and believes     libp2p_walk            whom to ask next
+    here              answering, storing, looking up
 
 py-libp2p's own `kad_dht` holds one value under a key where a shard of the directory has one of each owner, believes
 addresses that anybody tells of anybody for an hour, and takes answers of 4 MiB. Here a node is taken into the routing
@@ -38,16 +39,16 @@ from protocol.transport.libp2p_dht_messages import (
     Store,
 )
 from protocol.transport.libp2p_routing import RoutingTable, place_of_key, place_of_node
+from protocol.transport.libp2p_walk import Walk
 from protocol.transport.peer_id import node_id_of_peer_bytes
 from protocol.transport.records import MAX_CLOCK_SKEW_S, MAX_KEY_BYTES, RecordRules, RecordStore
 
 __all__ = ["Dht"]
 
 NUM_REPLICAS: Final = 8  # nodes that are asked to hold a record
-NUM_NEAREST_ANSWERED: Final = 8  # a walk ends when so many of the nearest nodes that live have answered
-NUM_PARALLEL: Final = 4  # calls of one walk
 CALL_TIMEOUT_S: Final = 3.0
 SILENT_FOR_S: Final = 30.0  # for which a node that did not answer is not asked
+DOUBT_S: Final = 600.0  # for which who has named nodes that are not there is not believed about others
 MAX_SILENT: Final = 1024
 HOLDERS_S: Final = 600.0  # for which those that hold a record are asked again without a new walk
 
@@ -77,6 +78,7 @@ class Dht:
         self._table = RoutingTable(own)
         self._held = RecordStore(clock)
         self._silent: dict[str, float] = {}  # by node id, until when (loop time)
+        self._misled_until: dict[str, float] = {}  # the same, of who names nodes that are not there
         self._holders: dict[bytes, tuple[tuple[str, ...], float]] = {}  # by key: who holds the own record, until when
         self.refusals = Counter[str]()  # what peers said that was not believed, by reason
 
@@ -231,35 +233,43 @@ class Dht:
         self, target: int, key: bytes, collect: Callable[[Record], None]
     ) -> tuple[set[str], dict[str, tuple[str, ...]]]:
         """Ask ever nearer nodes; return those that answered, and all that are known now, with addresses."""
-        known = dict(self._table.nearest(target))
-        asked, answered = {self._own}, set[str]()
+        walk = Walk(self._own, target, dict(self._table.nearest(target)), self._doubted(), self._is_silent)
         payload = Find(target, key).encode()
         calls: dict[asyncio.Task[Found | None], str] = {}
         try:
             while True:
-                live = (node_id for node_id in known if node_id in answered or not self._is_silent(node_id))
-                nearest = sorted(live, key=lambda node_id: place_of_node(node_id) ^ target)[:NUM_NEAREST_ANSWERED]
-                for node_id in [n for n in nearest if n not in asked][: NUM_PARALLEL - len(calls)]:
-                    asked.add(node_id)
-                    call = asyncio.create_task(self._find_at(node_id, known[node_id], payload))
-                    calls[call] = node_id
-                if not calls or all(node_id in answered for node_id in nearest):
+                for node_id in walk.next():
+                    calls[asyncio.create_task(self._find_at(node_id, walk.known[node_id], payload))] = node_id
+                if not calls:
                     break
                 done, _ = await asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED)
                 for call in done:
                     node_id, found = calls.pop(call), call.result()
                     if found is None:
+                        walk.fails(node_id)
                         continue
-                    answered.add(node_id)
-                    for other, addresses in found.nodes:
-                        if other != self._own:
-                            known.setdefault(other, addresses)
+                    walk.answers(node_id, found.nodes)
                     for record in found.records if key else ():
                         collect(record)
         finally:
             for call in calls:
                 call.cancel()
-        return answered, known
+            for namer in walk.misled_by:
+                self.refusals["dht_misled"] += namer not in self._misled_until
+                self._misled_until[namer] = self._now_s() + DOUBT_S
+                if len(self._misled_until) > MAX_SILENT:
+                    del self._misled_until[next(iter(self._misled_until))]
+        return walk.answered, walk.known
+
+    def _doubted(self) -> set[str]:
+        """Whose word on other nodes counts for nothing now."""
+        now_s = self._now_s()
+        self._misled_until = {namer: until_s for namer, until_s in self._misled_until.items() if until_s > now_s}
+        return set(self._misled_until)
+
+    @staticmethod
+    def _now_s() -> float:
+        return asyncio.get_running_loop().time()
 
     async def _find_at(self, node_id: str, addresses: tuple[str, ...], payload: bytes) -> Found | None:
         """Ask one node; None where it does not answer."""
@@ -296,9 +306,9 @@ class Dht:
 
     def _fell_silent(self, node_id: str) -> None:
         self._table.drop(node_id)
-        self._silent[node_id] = asyncio.get_running_loop().time() + SILENT_FOR_S
+        self._silent[node_id] = self._now_s() + SILENT_FOR_S
         if len(self._silent) > MAX_SILENT:
             del self._silent[next(iter(self._silent))]
 
     def _is_silent(self, node_id: str) -> bool:
-        return self._silent.get(node_id, 0.0) > asyncio.get_running_loop().time()
+        return self._silent.get(node_id, 0.0) > self._now_s()

@@ -2,7 +2,8 @@
 
 import asyncio
 import random
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,11 +14,15 @@ from protocol.identity import Identity
 from protocol.limits import NODE_RECORD_TTL_S
 from protocol.own_record import sign_own_record
 from protocol.shards import NUM_SALTS, Shards, path_of, record_validator, shard_key
-from protocol.transport import memory_network, virtual_time
+from protocol.transport import libp2p_dht, libp2p_walk, memory_network, virtual_time
 from protocol.transport.base import Record
+from protocol.transport.libp2p_dht_messages import STORE, Store
+from protocol.transport.libp2p_routing import place_of_key, place_of_node
 from protocol.transport.memory import MemoryTransport
 from protocol.transport.memory_network import MemoryNetwork
+from protocol.transport.peer_id import peer_id_of
 from protocol.transport.virtual_time import virtual_clock
+from tests.unit.protocol.transport.dht_network import ADDRESS, Network
 
 
 def simulate(main: Coroutine[Any, Any, None]) -> None:
@@ -104,17 +109,77 @@ def keys_of(max_depth: int) -> list[bytes]:
     ]
 
 
-def next_to(keys: Sequence[bytes], honest: Sequence[Identity], num: int) -> list[Identity]:
-    """Make so many identities for each key that stand between it and the first honest node behind it."""
-    places = [memory_network._place(identity.node_id.encode()) for identity in honest]
+class MemoryNodes:
+    """Nodes on the transport `memory`. Places are on a ring: what is next to a key is behind it."""
+
+    def __init__(self) -> None:
+        self._network = MemoryNetwork(random.Random(0), clock=virtual_clock())
+
+    @staticmethod
+    def distance(key: bytes, identity: Identity) -> int:
+        place, start = memory_network._place(identity.node_id.encode()), memory_network._place(key)
+        return int.from_bytes(place) - int.from_bytes(start) & 2**128 - 1
+
+    async def add(self, identity: Identity) -> Any:
+        transport = MemoryTransport(self._network, identity.node_id, record_validator("main"))
+        await transport.start()
+        return transport
+
+    async def add_hostile(self, identity: Identity) -> None:
+        hostile = MemoryTransport(self._network, identity.node_id, lambda *record: True)
+        await hostile.start()
+        hostile._records = Blind({})
+
+    async def join(self) -> None:
+        """Everybody knows everybody."""
+
+
+class Libp2pNodes:
+    """Nodes of libp2p's own DHT."""
+
+    def __init__(self) -> None:
+        self._network = Network(is_good=record_validator("main"), now=virtual_clock())
+
+    @staticmethod
+    def distance(key: bytes, identity: Identity) -> int:
+        return place_of_node(identity.node_id) ^ place_of_key(key)
+
+    async def add(self, identity: Identity) -> Any:
+        dht = self._network.add(identity.node_id)
+
+        async def lookup(key: bytes, *, timeout_s: float) -> Any:
+            return await dht.lookup(key, timeout_s)
+
+        address = f"{ADDRESS[0]}/p2p/{peer_id_of(identity.node_id)}"
+        return SimpleNamespace(
+            name="libp2p", node_id=identity.node_id, addresses=(address,), store=dht.store, lookup=lookup
+        )
+
+    async def add_hostile(self, identity: Identity) -> None:
+        """It says who is near as it should, holds every record, and has none."""
+        dht = self._network.add(identity.node_id)
+        dht._records = lambda key: []  # type: ignore[method-assign]
+        self._network.lies[identity.node_id] = {STORE: Store.encode_answer(True)}
+
+    async def join(self) -> None:
+        """Each meets the first one, and looks for its place, twice: the second time all are there."""
+        await self._network.meet_all()
+        await self._network.meet_all()
+
+
+def next_to(
+    keys: Sequence[bytes],
+    honest: Sequence[Identity],
+    num: int,
+    distance: Callable[[bytes, Identity], int] = MemoryNodes.distance,
+) -> list[Identity]:
+    """Make so many identities for each key that stand between it and the nearest honest node."""
+    nearest = {key: min(distance(key, identity) for identity in honest) for key in keys}
     missing, found, seed = dict.fromkeys(keys, num), list[Identity](), 50_000
     while missing:
         identity, seed = identity_of(seed), seed + 1
-        place = memory_network._place(identity.node_id.encode())
         for key in missing:
-            start = memory_network._place(key)
-            distance = min(int.from_bytes(p) - int.from_bytes(start) & 2**128 - 1 for p in places)
-            if int.from_bytes(place) - int.from_bytes(start) & 2**128 - 1 < distance:
+            if distance(key, identity) < nearest[key]:
                 missing[key] -= 1
                 if not missing[key]:
                     del missing[key]
@@ -123,23 +188,21 @@ def next_to(keys: Sequence[bytes], honest: Sequence[Identity], num: int) -> list
     return found
 
 
-async def share_found_in_shards(num_hostile: int) -> float:
+async def share_found_in_shards(kind: type[MemoryNodes] | type[Libp2pNodes], num_hostile: int) -> float:
     """Place twenty nodes beside some ids next to each key that they may write to; return how much of it is found."""
-    honest = [identity_of(number) for number in range(1, 21)]
-    network = MemoryNetwork(random.Random(0), clock=virtual_clock())
-    for identity in next_to(keys_of(2), honest, num_hostile) if num_hostile else ():
-        hostile = MemoryTransport(network, identity.node_id, lambda *record: True)
-        await hostile.start()
-        hostile._records = Blind({})
+    honest, swarm, clock = [identity_of(number) for number in range(1, 21)], kind(), virtual_clock()
+    hostile = next_to(keys_of(2), honest, num_hostile, kind.distance) if num_hostile else []
     nodes = []
     for identity in honest:
-        transport = MemoryTransport(network, identity.node_id, record_validator("main"))
-        await transport.start()
+        transport = await swarm.add(identity)
         nodes.append((identity, transport, Shards(transport, "main", timeout_s=5, rng=random.Random(0))))
+    for identity in hostile:
+        await swarm.add_hostile(identity)
+    await swarm.join()
     for _ in range(2):  # the second time they see one another
         for identity, transport, shards in nodes:
             await shards.place(lambda record, salt: None)
-            now_ms = int(network.clock() * 1000)
+            now_ms = int(clock() * 1000)
             await shards.publish(sign_own_record(identity, transport, "main", ABOUT, now_ms))
     seen = [set[str]() for _ in nodes]
     for names, (_, _, shards) in zip(seen, nodes, strict=True):
@@ -148,12 +211,13 @@ async def share_found_in_shards(num_hostile: int) -> float:
     return sum(len(names) for names in seen) / len(nodes) ** 2
 
 
-def test_five_ids_next_to_every_key_hide_nobody(monkeypatch):
+@pytest.mark.parametrize("kind", [MemoryNodes, Libp2pNodes])
+def test_five_ids_next_to_every_key_hide_nobody(kind, monkeypatch):
     def found(num_hostile: int) -> float:
         shares: list[float] = []
 
         async def main() -> None:
-            shares.append(await share_found_in_shards(num_hostile))
+            shares.append(await share_found_in_shards(kind, num_hostile))
 
         simulate(main())
         return shares[0]
@@ -161,7 +225,9 @@ def test_five_ids_next_to_every_key_hide_nobody(monkeypatch):
     undisturbed = found(0)  # by some random reads, not quite all
     assert undisturbed > 0.8
     assert found(5) >= 0.95 * undisturbed
-    monkeypatch.setattr(memory_network, "NUM_REPLICAS", 5)  # the five have every replica then
+    for module in (memory_network, libp2p_dht):
+        monkeypatch.setattr(module, "NUM_REPLICAS", 5)  # the five have every replica then
+    monkeypatch.setattr(libp2p_walk, "NUM_NEAREST_ANSWERED", 5)
     assert found(5) <= 0.2
 
 

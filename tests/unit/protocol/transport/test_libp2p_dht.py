@@ -5,14 +5,11 @@ import random
 
 import pytest
 
-from protocol.identity import node_id_of
-from protocol.transport.base import ClockSkewed, PeerUnreachable, Record, RequestRefused
-from protocol.transport.libp2p_dht import NUM_REPLICAS, Dht
+from protocol.transport.base import ClockSkewed, Record, RequestRefused
+from protocol.transport.libp2p_dht import NUM_REPLICAS
 from protocol.transport.libp2p_dht_messages import (
     FIND,
     MAX_FIND_RESPONSE_BYTES,
-    MEET,
-    STORE,
     DhtRefused,
     Find,
     Found,
@@ -21,51 +18,7 @@ from protocol.transport.libp2p_dht_messages import (
 )
 from protocol.transport.libp2p_routing import NUM_NEIGHBOURS, RoutingTable, place_of_key, place_of_node
 from protocol.transport.peer_id import peer_bytes_of
-from protocol.transport.records import RecordRules
-
-NOW = 1_900_000_000.0
-ADDRESS = ("/ip4/192.0.2.1/tcp/7000",)
-
-
-def node(number):
-    return node_id_of(number.to_bytes(32, "big"))
-
-
-class Network:
-    """Nodes by id, and what they are to each other."""
-
-    def __init__(self, num, is_good=lambda *_: True):
-        self.is_good, self.offsets = is_good, {}
-        self.lies = {}  # by node id: what it answers to a name
-        self.dead = set()
-        self.nodes = {node(number): self._make(node(number)) for number in range(num)}
-
-    def _make(self, own):
-        def clock():
-            return NOW + self.offsets.get(own, 0.0)
-
-        async def ask(peer, name, payload, max_bytes):
-            if peer in self.dead or peer not in self.nodes:
-                raise PeerUnreachable("gone")
-            if name in self.lies.get(peer, {}):
-                return self.lies[peer][name]
-            dht = self.nodes[peer]
-            handler = {MEET: dht.handle_meet, FIND: dht.handle_find, STORE: dht.handle_store}[name]
-            answer = await handler(own, payload)
-            assert len(answer) <= max_bytes
-            return answer
-
-        async def reach(peer, addresses):
-            assert addresses == ADDRESS
-            await self.nodes[own].meet(peer_bytes_of(peer))
-
-        return Dht(own, RecordRules(self.is_good, clock), clock, ask, reach, lambda: ADDRESS, lambda *_: None)
-
-    async def meet_all(self):
-        first, *others = self.nodes
-        for other in others:
-            await self.nodes[other].meet(peer_bytes_of(first))
-            await self.nodes[other].fill_routing_table()
+from tests.unit.protocol.transport.dht_network import ADDRESS, NOW, Network, node
 
 
 def owners(records):
