@@ -21,7 +21,7 @@ from protocol.config import SwarmConfig
 from protocol.member import Rescored
 from protocol.messages import SharedGroup
 
-__all__ = ["DELIVERIES_PER_S", "MeasuredNode", "measure", "summary"]
+__all__ = ["DELIVERIES_PER_S", "MeasuredNode", "measure", "moments", "summary"]
 
 DELIVERIES_PER_S = 30.0  # of groups, in the whole swarm: what two cores carry over either transport
 MIN_WINDOW_S = 5.0
@@ -32,6 +32,12 @@ CHURN = 0.3
 COMPLETIONS_PER_GROUP = 8
 
 Key = tuple[int, int]  # author's rank, number of the group
+
+
+def moments(rank: int, first: int, num: int, window_s: float) -> list[float]:
+    """Return when within the window, in seconds, a node publishes each of its groups."""
+    rng = random.Random(f"{rank} {first}")
+    return sorted(rng.uniform(0, window_s) for _ in range(num))
 
 
 class MeasuredNode(BenchmarkNode):
@@ -80,10 +86,9 @@ class MeasuredNode(BenchmarkNode):
         self, at_s: float, window_s: float, first: int, num: int, expected: list[Key], limit_s: float
     ) -> dict[str, Any]:
         """Publish so many groups within a window that all share, and wait for what is expected."""
-        moments = sorted(random.Random(f"{self.rank} {first}").uniform(0, window_s) for _ in range(num))
         published: dict[int, float] = {}
         before = await self.usage()
-        for number, moment in enumerate(moments, first):
+        for number, moment in enumerate(moments(self.rank, first, num, window_s), first):
             await asyncio.sleep(max(0.0, at_s + moment - time.time()))
             published[number] = time.time()
             await self.member.publish(real_groups(self.rank, number, 1))

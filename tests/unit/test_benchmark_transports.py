@@ -1,7 +1,7 @@
 """What the comparison of transports counts: latencies from each publication, what is missing, what a rollout costs."""
 
 import pytest
-from _transport_nodes import summary
+from _transport_nodes import moments, summary
 from transports import bars_of
 
 USED = {
@@ -17,6 +17,16 @@ USED = {
 
 def answer(published, admitted):
     return {"published": published, "admitted": admitted, "used": USED}
+
+
+def test_every_group_has_a_moment_of_its_own():
+    """A node remembers the newest 32 batches of one author: more of them at once would push out what is not pulled."""
+    found = moments(0, 0, 40, 5.0)
+    assert found == sorted(found)
+    assert len(set(found)) == 40
+    assert found[0] < 1 < 4 < found[-1] < 5
+    assert max(sum(start <= one < start + 1 for one in found) for start in found) < 32
+    assert moments(1, 0, 40, 5.0) != found != moments(0, 40, 40, 5.0)
 
 
 def test_latency_runs_from_each_publication_and_costs_are_shared_by_what_was_delivered():
