@@ -3,9 +3,9 @@
     step = admit waiting requests (prefill each prompt once, verify drafts) · draw their first token · decode one
            token of all, or verify what drafters propose for them
 
-What it is made of: `runner` runs the model, `sampling` draws tokens, `slots` holds what is running, `admission` says what
-comes next, and off the CPU `slot_pass` runs and draws as one piece, which `graphs` records. It exists because no library
-gives batched speculation, partial rollouts and live weights at once.
+What it is made of: `runner` runs the model, `sampling` draws tokens, `slots` holds what is running, `admission` says
+what comes next, and off the CPU `slot_pass` runs and draws as one piece, which `graphs` records. It exists because no
+library gives batched speculation, partial rollouts and live weights at once.
 """
 
 from collections import deque
