@@ -14,9 +14,11 @@ Importing this module imports libp2p.
 """
 
 import struct
+from contextlib import suppress
 from typing import Any
 
 import trio
+from libp2p.exceptions import BaseLibp2pError
 from libp2p.io.exceptions import ConnectionClosedError
 from libp2p.peer.id import ID
 from libp2p.security.noise.transport import Transport
@@ -119,6 +121,17 @@ class Connection(yamux.Yamux):  # type: ignore[misc]
         self._turns = trio.Lock()  # data waits for room in the order in which it came
         self._has_frames, self._has_room, self._has_written = (trio.lowlevel.ParkingLot() for _ in range(3))
         self._failure: BaseException | None = None  # why nothing is written any more
+
+    async def start(self) -> None:
+        """Run until the connection ends; upstream leaves the socket of one that is cancelled to the garbage collector.
+
+        Until that comes the peer holds the connection for good.
+        """
+        try:
+            await super().start()
+        finally:
+            with trio.CancelScope(shield=True), trio.move_on_after(END_S), suppress(BaseLibp2pError, OSError):
+                await self.secured_conn.close()
 
     async def _handle_incoming_with_ready_signal(self, task_status: Any = trio.TASK_STATUS_IGNORED) -> None:
         """Read what comes, with the writer beside it: they end together."""
