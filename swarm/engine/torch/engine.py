@@ -128,7 +128,9 @@ class TorchEngine(Engine):
             admitted = admit(self._waiting, self._slots, version=self._version, max_rows=self._runner.max_prefill_rows)
             self.stats.num_tokens_prefilled += admitted.num_tokens
             if n and speculator is None and self._runner.decodes_while_prefilling:
-                return self._finish(self._count(n, self._decode_and_prefill(n, admitted)))
+                finished = self._decode_and_prefill(n, admitted)
+                self._count_step(n)
+                return self._finish(finished)
             done = self._finish(self._prefill(admitted))
             n, before = len(self._slots), self.stats.num_tokens_generated
         if n:
@@ -137,14 +139,14 @@ class TorchEngine(Engine):
             finished = self._decode_drafts(states, drafts) if any(drafts) else self._decode()
             if speculator is not None:
                 speculator.end(n, self.stats.num_tokens_generated - before)
-            done += self._finish(self._count(n, finished))
+            self._count_step(n)
+            done += self._finish(finished)
         return done
 
-    def _count(self, num_decoded: int, finished: _Finished) -> _Finished:
-        """Count a step."""
+    def _count_step(self, num_decoded: int) -> None:
+        """Count a step that decoded so many slots."""
         self.stats.num_steps += 1
         self.stats.num_slot_steps += num_decoded
-        return finished
 
     def _decode(self) -> _Finished:
         """Decode one token of every slot; return those that have finished."""

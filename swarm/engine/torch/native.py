@@ -69,9 +69,8 @@ class _Prefixes:
         tokens, positions, owners = [none], [none], [none]
         self.sharers: dict[int, list[int]] = {}  # row -> slots that are to have it, beside the one it is computed in
         self.rows_of: list[npt.NDArray[np.int64]] = [none] * len(sequences)  # the rows of each sequence
-        for index in sorted(
-            range(len(sequences)), key=lambda one: tuple(sequences[one])
-        ):  # what begins alike is side by side
+        alike_together = sorted(range(len(sequences)), key=lambda index: tuple(sequences[index]))
+        for index in alike_together:
             sequence = sequences[index]
             shared = _num_shared(before, sequence)
             num_new = len(sequence) - shared
