@@ -19,18 +19,17 @@ from dataclasses import dataclass
 
 from protocol.admission import TELLERS_FAULT, Admission
 from protocol.announcements import Announcements, LiveBatch
-from protocol.bloom import in_bloom, repair_request
+from protocol.bloom import in_bloom
 from protocol.limits import (
     MAX_ANNOUNCE_REQUEST_BYTES,
     MAX_REPAIR_REQUEST_BYTES,
-    MAX_REPAIR_RESPONSE_BYTES,
     MAX_SMALL_REQUEST_BYTES,
-    SALT_BYTES,
 )
 from protocol.local import Local
 from protocol.neighbours import Neighbour, Neighbours
 from protocol.quota import Quotas
 from protocol.refusals import Reason, Refusal
+from protocol.repairs import ask_repair
 from protocol.requests import (
     AnnounceRequest,
     AnnounceResponse,
@@ -41,11 +40,9 @@ from protocol.requests import (
     decode_announce_response,
     decode_broadcast,
     decode_repair_request,
-    decode_repair_response,
     encode_announce_request,
     encode_announce_response,
     encode_broadcast,
-    encode_repair_request,
     encode_repair_response,
     fitting_offers,
 )
@@ -385,28 +382,10 @@ class Gossip:
         node_id = fresh[0] if fresh else local.rng.choice(list(self._neighbours.ids))
         self._fresh_links = fresh[1:]
         num_offers = min(local.config.max_offers, max(MIN_OFFERS, num_unknown))
-        request = repair_request(local.rng.randbytes(SALT_BYTES), self._announcements.roots_not_wanted(), num_offers)
         local.counters.repairs_asked += 1
-        try:
-            data = await local.transport.request(
-                node_id,
-                "repair",
-                encode_repair_request(request),
-                max_response_bytes=MAX_REPAIR_RESPONSE_BYTES,
-                timeout_s=local.config.request_timeout_s,
-            )
-            offers = decode_repair_response(data).offers
-            if len(offers) > num_offers:
-                raise Refusal(Reason.UNASKED, "more batches than asked for")
-        except Refusal as refusal:
-            local.refuse(refusal.reason, blame=node_id)
-            return 0, False
-        except RequestRefused:
-            local.counters.requests_failed += 1
-            return 0, False
-        except TransportError:
-            local.counters.requests_failed += 1
-            self._neighbours.failed(node_id)
+        known = self._announcements.roots_not_wanted()
+        offers = await ask_repair(local, self._neighbours, node_id, known, num_offers)
+        if offers is None:
             return 0, False
         self._neighbours.heard(node_id)
         num_new = self._take(offers, node_id, asked=True)

@@ -13,15 +13,14 @@ passed on (`side`) bound what that brings.
 from collections.abc import Sequence
 
 from protocol.announcements import Announcements
-from protocol.bloom import repair_request
 from protocol.bridge.store import BridgeStore
 from protocol.identity import node_id_of, public_key_of
-from protocol.limits import MAX_REPAIR_RESPONSE_BYTES, PUBLIC_KEY_BYTES, SALT_BYTES
+from protocol.limits import PUBLIC_KEY_BYTES
 from protocol.local import Local
 from protocol.neighbours import Neighbours
-from protocol.refusals import Reason, Refusal
-from protocol.requests import RepairResponse, decode_repair_response, encode_repair_request
-from protocol.transport.base import RequestRefused, TransportError
+from protocol.refusals import Refusal
+from protocol.repairs import ask_repair
+from protocol.requests import Offer
 from protocol.wire import decode_announcement
 
 __all__ = ["MAX_AUTHORS_BYTES", "Vouching", "decode_authors", "encode_authors"]
@@ -46,31 +45,17 @@ class Vouching:
             return []
         node_id = local.rng.choice(trainers)
         of_no_use = [root for root in roots if root in self._counted or not self._store.claimed(root)]
-        request = repair_request(local.rng.randbytes(SALT_BYTES), of_no_use, MAX_OFFERS)
+        offers = await ask_repair(local, self._neighbours, node_id, of_no_use, MAX_OFFERS)
         try:
-            data = await local.transport.request(
-                node_id,
-                "repair",
-                encode_repair_request(request),
-                max_response_bytes=MAX_REPAIR_RESPONSE_BYTES,
-                timeout_s=local.config.request_timeout_s,
-            )
-            return self._authors_of(decode_repair_response(data))
+            return self._authors_of(offers or ())
         except Refusal as refusal:
             local.refuse(refusal.reason, blame=node_id)
-        except RequestRefused:
-            local.counters.requests_failed += 1
-        except TransportError:
-            local.counters.requests_failed += 1
-            self._neighbours.failed(node_id)
-        return []
+            return []
 
-    def _authors_of(self, response: RepairResponse) -> list[str]:
+    def _authors_of(self, offers: Sequence[Offer]) -> list[str]:
         """Return whose batches are offered that the other side has told of, and that have not been counted."""
-        if len(response.offers) > MAX_OFFERS:
-            raise Refusal(Reason.UNASKED, "more batches than asked for")
         found: dict[str, None] = {}
-        for offer in response.offers:
+        for offer in offers:
             batch = self._announcements.get(decode_announcement(offer.encoded).root)
             if batch is None or batch.root in self._counted or not self._store.claimed(batch.root):
                 continue  # it comes from this side, or was not heard of yet
