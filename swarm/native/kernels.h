@@ -28,6 +28,11 @@ INLINE v16u16 FN(to_bf16)(v16f v) {
     return __builtin_convertvector(bits >> 16, v16u16);
 }
 
+/* A tile of so many rows computes for long enough between two loads of weights that the processor does not look far ahead
+ * by itself: it fetches what it will read so many bytes later. With fewer rows it waits for memory alone. */
+#define FETCHING_ROWS 5
+#define FETCHING_BYTES 4096
+
 #define SELECT(mask, a, b) ((v16f)(((v16i)(a) & (mask)) | ((v16i)(b) & ~(mask))))
 #define ALL(x) ((v16f){0} + (x))
 
@@ -101,7 +106,7 @@ INLINE v16u FN(load_pairs)(const void *p) { v16u v; __builtin_memcpy(&v, p, 64);
 
 /* One tile of a matmul: rows x[0..rows) times `blocks` blocks of 16 outputs. acc: [rows][blocks].
  * Weights are packed [out / 16][in / 2][16][2] in bf16 and [out / 16][in][16] in fp32: a load is 16 outputs.
- * `ahead` is what to fetch meanwhile, a cache line a step, or NULL. */
+ * `ahead` and `beside` are what to fetch meanwhile, a cache line a step each, or NULL. */
 INLINE void FN(tile)(const int is_bf16, const int rows, const int blocks, const void *x, const void *w, int in,
                      const char *ahead, v16f acc[12][4]) {
 #pragma GCC unroll 12
@@ -115,7 +120,11 @@ INLINE void FN(tile)(const int is_bf16, const int rows, const int blocks, const 
             if (ahead) __builtin_prefetch(ahead + (size_t)k * 64, 0, 2);
             v16u weight[4];
 #pragma GCC unroll 4
-            for (int b = 0; b < blocks; b++) weight[b] = FN(load_pairs)(ws + ((size_t)b * pairs + k) * 16);
+            for (int b = 0; b < blocks; b++) {
+                const uint32_t *from = ws + ((size_t)b * pairs + k) * 16;
+                if (rows >= FETCHING_ROWS) __builtin_prefetch((const char *)from + FETCHING_BYTES, 0, 2);
+                weight[b] = FN(load_pairs)(from);
+            }
 #pragma GCC unroll 12
             for (int r = 0; r < rows; r++) {
                 uint32_t pair = xs[(size_t)r * pairs + k];
@@ -124,12 +133,16 @@ INLINE void FN(tile)(const int is_bf16, const int rows, const int blocks, const 
             }
         }
     } else {
-        const float *xs = x, *ws = w;
+        const float *xs = x;
         for (int k = 0; k < in; k++) {
             if (ahead) __builtin_prefetch(ahead + (size_t)k * 64, 0, 2);
             v16f weight[4];
 #pragma GCC unroll 4
-            for (int b = 0; b < blocks; b++) weight[b] = FN(load_f32)(ws + ((size_t)b * in + k) * 16);
+            for (int b = 0; b < blocks; b++) {
+                const float *from = (const float *)w + ((size_t)b * in + k) * 16;
+                if (rows >= FETCHING_ROWS) __builtin_prefetch((const char *)from + FETCHING_BYTES, 0, 2);
+                weight[b] = FN(load_f32)(from);
+            }
 #pragma GCC unroll 12
             for (int r = 0; r < rows; r++) {
                 float value = xs[(size_t)r * in + k];
@@ -185,17 +198,17 @@ INLINE void FN(panel)(const model_t *m, const int is_bf16, const int blocks, int
     const int most = blocks == 4 ? 6 : 12;
     const size_t block_bytes = (size_t)16 * in * bytes;
     for (int r = 0, number = 0; r < n; number++) {
-        int rows = n - r < most ? n - r : most;
+        const int left = n - r, rows = left >= 2 * most ? most : left > most ? left / 2 : left; /* a small tile waits for its sums */
         const char *xr = x + (size_t)r * in * bytes;
         /* Only the first tile of a panel reads memory, the others find it in the cache. So that memory does not idle
-         * meanwhile, each tile fetches one block of the next panel. With one tile the reads are in order anyway. */
+         * meanwhile, each tile fetches one block of the next panel. */
         const char *ahead = n > most && number < blocks ? wb + (blocks + number) * block_bytes : 0;
         if (blocks == 4) {
             switch (rows) { TILE_ROWS(1) TILE_ROWS(2) TILE_ROWS(3) TILE_ROWS(4) TILE_ROWS(5) TILE_ROWS(6) }
         } else {
-            if (rows > 8 && rows < 12) rows = 8;
             switch (rows) {
-                TILE_ROWS(1) TILE_ROWS(2) TILE_ROWS(3) TILE_ROWS(4) TILE_ROWS(5) TILE_ROWS(6) TILE_ROWS(7) TILE_ROWS(8) TILE_ROWS(12)
+                TILE_ROWS(1) TILE_ROWS(2) TILE_ROWS(3) TILE_ROWS(4) TILE_ROWS(5) TILE_ROWS(6)
+                TILE_ROWS(7) TILE_ROWS(8) TILE_ROWS(9) TILE_ROWS(10) TILE_ROWS(11) TILE_ROWS(12)
             }
         }
         r += rows;
@@ -463,6 +476,8 @@ static void FN(logits)(const model_t *m, const float *hidden, int n, float *out)
 #undef ALL
 #undef GROUP
 #undef TILE_ROWS
+#undef FETCHING_ROWS
+#undef FETCHING_BYTES
 #undef INLINE
 #undef FN
 #undef CAT

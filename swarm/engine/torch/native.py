@@ -20,6 +20,7 @@ __all__ = ["NativeLinear", "NativeRunner"]
 
 _MAX_ROWS = 512  # tokens of one call; bounds the scratch memory
 _LANES = 16
+_PADDED_ROWS = 2 * _LANES  # outputs that are computed together
 _MAX_HEAD_DIM = 256
 _MAX_GROUP = 4  # as in kernels.c
 _MAX_THREADS = 128
@@ -91,19 +92,38 @@ def _num_shared(left: Sequence[int], right: Sequence[int]) -> int:
     return next((at for at, (one, other) in pairs if one != other), min(len(left), len(right)))
 
 
-def _pad_rows(tensor: torch.Tensor, multiple: int = 2 * _LANES) -> torch.Tensor:
-    """Append zeros to the first dimension up to a multiple."""
-    short = -tensor.shape[0] % multiple
+def _pad_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """Append zeros to the first dimension, up to whole panels of outputs."""
+    short = -tensor.shape[0] % _PADDED_ROWS
     return torch.cat([tensor, tensor.new_zeros(short, *tensor.shape[1:])]) if short else tensor
 
 
-def _pack(weight: torch.Tensor) -> torch.Tensor:
-    """[out, in] to [out / 16][in / 2][16][2] in bf16, or [out / 16][in][16] in float32."""
-    lanes = _pad_rows(weight.contiguous())
-    if weight.dtype == torch.bfloat16:
-        lanes = lanes.view(torch.int32)  # two inputs side by side are one item
-    blocks = lanes.view(-1, _LANES, lanes.shape[1]).transpose(1, 2)
-    return huge_pages(torch.empty(blocks.shape, dtype=blocks.dtype)).copy_(blocks)
+class _Packed:
+    """Matrices in the layouts of kernels.h, one after another in one piece of memory: a huge page takes 2 MiB of it."""
+
+    def __init__(self, num_bytes: int) -> None:
+        self._memory = huge_pages(torch.empty(num_bytes, dtype=torch.uint8))
+        self._end = 0
+
+    @staticmethod
+    def size(num_out: int, num_in: int, dtype: torch.dtype) -> int:
+        """Return the bytes of a packed matrix."""
+        return (num_out + -num_out % _PADDED_ROWS) * num_in * dtype.itemsize
+
+    def clear(self) -> None:
+        """Begin anew, in the same memory."""
+        self._end = 0
+
+    def add(self, weight: torch.Tensor) -> int:
+        """Append [out, in] as [out / 16][in / 2][16][2] in bf16, [out / 16][in][16] in float32; return its address."""
+        lanes = _pad_rows(weight.contiguous())
+        if weight.dtype == torch.bfloat16:
+            lanes = lanes.view(torch.int32)  # two inputs side by side are one item
+        blocks = lanes.view(-1, _LANES, lanes.shape[1]).transpose(1, 2)
+        num_out, num_in = weight.shape
+        begin, self._end = self._end, self._end + self.size(num_out, num_in, weight.dtype)
+        packed = self._memory[begin : self._end].view(blocks.dtype).view(blocks.shape)
+        return packed.copy_(blocks).data_ptr()
 
 
 def _interleave(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
@@ -157,6 +177,12 @@ class NativeRunner(ModelRunner):
             num_threads=num_threads, epsilon=shape.epsilon,
         )  # fmt: skip
         self._places = torch.arange(num_slots)  # where in the cache each slot lies: moving a slot moves no data
+        of_a_layer = (
+            (total_heads * shape.head_dim, shape.hidden), (shape.hidden, shape.num_heads * shape.head_dim),
+            (2 * shape.intermediate, shape.hidden), (shape.hidden, shape.intermediate),
+        )  # fmt: skip
+        matrices = [*(shape.num_layers * of_a_layer), (shape.vocab_size, shape.hidden)]
+        self._packed = _Packed(sum(_Packed.size(*one, self.dtype) for one in matrices))
         self._layers = (_Layer * shape.num_layers)()
         self._model.layers = self._layers
         self.load(model.state_dict())
@@ -179,7 +205,7 @@ class NativeRunner(ModelRunner):
         state = {name: tensor.detach() for name, tensor in state.items()}
         keep = self._tensors
 
-        def weight(name: str, tensor: torch.Tensor | None) -> int | None:
+        def address(name: str, tensor: torch.Tensor | None) -> int | None:
             """Keep a tensor alive and return its address."""
             if tensor is None:
                 return None
@@ -197,15 +223,20 @@ class NativeRunner(ModelRunner):
             found = vector(*(f"{name}.bias" for name in names))
             return None if found is None else _pad_rows(found)
 
+        self._packed.clear()
         for index in range(self._shape.num_layers):
             at = f"model.layers.{index}."
             qkv = tuple(f"{at}self_attn.{name}_proj" for name in "qkv")
             gate, up = matrix(f"{at}mlp.gate_proj"), matrix(f"{at}mlp.up_proj")
-            fields = {
-                "qkv": _pack(matrix(*qkv)),
-                "out": _pack(matrix(f"{at}self_attn.o_proj")),
-                "gate_up": _pack(_interleave(gate, up)),
-                "down": _pack(matrix(f"{at}mlp.down_proj")),
+            matrices = {
+                "qkv": matrix(*qkv),
+                "out": matrix(f"{at}self_attn.o_proj"),
+                "gate_up": _interleave(gate, up),
+                "down": matrix(f"{at}mlp.down_proj"),
+            }
+            for name, tensor in matrices.items():
+                setattr(self._layers[index], name, self._packed.add(tensor))
+            vectors = {
                 "qkv_bias": bias(*qkv),
                 "out_bias": bias(f"{at}self_attn.o_proj"),
                 "attention_norm": vector(f"{at}input_layernorm.weight"),
@@ -213,17 +244,18 @@ class NativeRunner(ModelRunner):
                 "query_norm": vector(f"{at}self_attn.q_norm.weight"),
                 "key_norm": vector(f"{at}self_attn.k_norm.weight"),
             }
-            for name, tensor in fields.items():
-                setattr(self._layers[index], name, weight(at + name, tensor))
+            for name, values in vectors.items():
+                setattr(self._layers[index], name, address(at + name, values))
         embedding = state["model.embed_tokens.weight"].to(self.dtype)
         head = state.get("lm_head.weight")
         keep["embedding"] = embedding.clone()
-        keep["head"] = _pack(embedding if head is None else head.to(self.dtype))
+        self._model.head = self._packed.add(embedding if head is None else head.to(self.dtype))
         final_norm = vector("model.norm.weight")
         if final_norm is not None:  # a drafter's layer has none
             keep["final_norm"] = final_norm
         for name in _POINTERS:
-            setattr(self._model, name, keep[name].data_ptr() if name in keep else None)
+            if name != "head":
+                setattr(self._model, name, keep[name].data_ptr() if name in keep else None)
 
     def _forward(
         self,
@@ -314,10 +346,11 @@ class NativeLinear:
             raise RuntimeError("the decode kernels are not compiled")
         self._library: Kernels = library
         self._num_out, width = weight.shape
-        self._kept = _pack(weight), torch.zeros(_MAX_ROWS, width, dtype=weight.dtype)
-        packed, scratch = (tensor.data_ptr() for tensor in self._kept)
+        self._packed = _Packed(_Packed.size(self._num_out, width, weight.dtype))
+        self._scratch = torch.zeros(_MAX_ROWS, width, dtype=weight.dtype)
         self._model = _Model(
-            is_bf16=weight.dtype == torch.bfloat16, hidden=width, vocab=self._num_out, head=packed, input=scratch,
+            is_bf16=weight.dtype == torch.bfloat16, hidden=width, vocab=self._num_out,
+            head=self._packed.add(weight), input=self._scratch.data_ptr(),
             num_threads=min(torch.get_num_threads(), _MAX_THREADS),
         )  # fmt: skip
 
