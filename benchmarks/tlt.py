@@ -13,18 +13,22 @@ learning  rewards of `swarm-node silo` over seeds, with and without: equal, numb
 vllm      the tail of *sure* on the vLLM engine, whose drafters these are as well
 
 A ceiling is what would come of the policy's own numbers: for drafts without noise of their own a token is right with
-the largest probability at most, on average; verifying a draft costs what this machine takes for so many tokens.
+the largest probability at most, on average; verifying a draft costs what this machine takes for so many tokens. Two
+more limits are of the drafts as they were: were making them free, and were a pass to cost the same whatever its rows,
+as it nearly does on a GPU while a batch is small.
 """
 
 import argparse
+import copy
 import json
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
+import numpy as np
 import torch
 from _tlt import (
     BATCHES,
@@ -46,7 +50,9 @@ from harness import Bar, report
 from protocol.messages import TaskRef
 from swarm.config import EngineConfig, ModelConfig, RolloutConfig
 from swarm.drafting.head import HeadDrafter
+from swarm.drafting.learner import HeadLearner
 from swarm.drafting.speculator import make_speculator
+from swarm.engine.base import EngineStats
 from swarm.engine.torch import TorchEngine
 from swarm.policy import Policy, load_policy
 from swarm.rollout.collector import RolloutCollector
@@ -98,11 +104,34 @@ def ceiling(right: float, costs: dict[int, float]) -> float:
     return max(sum(right**at for at in range(rows)) / cost for rows, cost in costs.items())
 
 
+def share_of_a_draft_token(policy: Policy, learner: HeadLearner) -> float:
+    """Return what a token of the learned drafter reads of weights, against a pass of the policy."""
+    head = policy.model.get_output_embeddings().weight
+    of_the_policy = sum(one.numel() for one in policy.model.parameters())  # embedding and LM head are one here
+    of_the_drafter = sum(one.numel() for one in learner.model.parameters()) + len(learner.vocabulary) * head.shape[1]
+    return of_the_drafter / of_the_policy
+
+
+def limits(engine: TorchEngine, costs: dict[int, float], drafter_share: float) -> dict[str, float]:
+    """Return tokens and rows of a sequence and pass, and how fast that were if only passes, or only drafts, cost."""
+    stats = engine.stats
+    tokens = stats.num_tokens_generated / stats.num_slot_steps
+    rows = 1 + stats.num_speculated_tokens / stats.num_slot_steps
+    cost = float(np.interp(rows, [1, *costs], [1.0, *costs.values()]))
+    return {
+        "tokens_a_pass": round(tokens, 3),
+        "rows_a_pass": round(rows, 3),
+        "were_drafts_free": round(tokens / cost, 3),
+        "were_rows_free": round(tokens / (1 + (rows - 1) * drafter_share), 3),
+    }
+
+
 def tail_of(policy: Policy, name: str, num_groups: int, num_steps: int) -> tuple[dict[str, Any], list[Bar]]:
     """Compare every way of decoding at small batches."""
     learner, taught = teach(policy, policy.model, prompts_of(policy, 31, NUM_TAUGHT_PROMPTS), num_steps)
     print(f"{name}: taught: {json.dumps(taught)}", file=sys.stderr, flush=True)
-    figures: dict[str, Any] = {"teaching": taught}
+    share = share_of_a_draft_token(policy, learner)
+    figures: dict[str, Any] = {"teaching": taught, "draft_token_reads_of_a_pass": round(share, 4)}
     bars = []
     for batch in BATCHES:
         ways = {way: engine_of(policy, batch, one) for way, one in speculators(policy, learner, batch).items()}
@@ -119,7 +148,7 @@ def tail_of(policy: Policy, name: str, num_groups: int, num_steps: int) -> tuple
         for way in list(ways)[1:]:
             found[way] = {
                 "times_plain": round(seconds["plain"] / seconds[way], 3),
-                "tokens_a_pass": round(num_tokens / ways[way].stats.num_steps, 3) if batch == 1 else None,
+                **limits(ways[way], costs, share if way in ("head", "auto") else 0.0),
                 **fared(ways[way]),
                 "completions_equal": written[way] == written["plain"],
             }
@@ -142,6 +171,46 @@ def tail_of(policy: Policy, name: str, num_groups: int, num_steps: int) -> tuple
         figures[f"batch {batch}"] = found
         print(f"{name}, batch {batch}: {json.dumps(found)}", file=sys.stderr, flush=True)
     return figures, bars
+
+
+def row_s(policy: Policy) -> tuple[float, float]:
+    """Return what one more row takes in a pass of many, its arithmetic: in the layers, and in the LM head."""
+    runner = engine_of(policy, _ROUND_SLOTS, None)._runner
+    least: dict[int, tuple[float, float]] = {}
+    with torch.inference_mode():
+        for _ in range(15):
+            for num in (_ROUND_SLOTS // 2, _ROUND_SLOTS):
+                tokens, ones, lengths = torch.full((num,), 5), [1] * num, [128] * num
+                begin = time.perf_counter()
+                hidden = runner.extend(tokens, ones, lengths)
+                middle = time.perf_counter()
+                runner.logits(hidden)
+                taken = middle - begin, time.perf_counter() - middle
+                seen = least.get(num, taken)
+                least[num] = min(seen[0], taken[0]), min(seen[1], taken[1])
+    fewer, more = least[_ROUND_SLOTS // 2], least[_ROUND_SLOTS]
+    return 2 * (more[0] - fewer[0]) / _ROUND_SLOTS, 2 * (more[1] - fewer[1]) / _ROUND_SLOTS
+
+
+def round_limits(
+    policy: Policy, off_s: float, num_rounds: int, before: Mapping[str, EngineStats], engines: Mapping[str, TorchEngine]
+) -> dict[str, Any]:
+    """Return what arithmetic alone would take of a round, and what came of it were all passes to take as long."""
+    since = {way: engine.stats for way, engine in engines.items()}
+    num_passes = {way: (since[way].num_steps - before[way].num_steps) / num_rounds for way in engines}
+    written = (since["off"].num_tokens_generated - before["off"].num_tokens_generated) / num_rounds
+    prefilled = (since["off"].num_tokens_prefilled - before["off"].num_tokens_prefilled) / num_rounds
+    in_layers_s, in_head_s = row_s(policy)
+    arithmetic_s = (written + prefilled) * in_layers_s + written * in_head_s
+    return {
+        "tokens_written": round(written, 1),
+        "tokens_prefilled": round(prefilled, 1),
+        "row_ms": [round(1e3 * in_layers_s, 3), round(1e3 * in_head_s, 3)],
+        "arithmetic_s": round(arithmetic_s, 3),
+        "times_as_fast_at_most": round(off_s / arithmetic_s, 3),
+        "num_passes": {way: round(one, 1) for way, one in num_passes.items()},
+        "times_as_fast_were_passes_alike": {way: round(num_passes["off"] / one, 3) for way, one in num_passes.items()},
+    }
 
 
 def long_round(policy: Policy, num_rounds: int, num_steps: int) -> tuple[dict[str, Any], list[Bar]]:
@@ -172,14 +241,18 @@ def long_round(policy: Policy, num_rounds: int, num_steps: int) -> tuple[dict[st
         "on, tokens kept, x4": keep.model_copy(update={"over_provision": 4.0}),
         "partial rollouts alone, tokens kept, x4": keep.model_copy(update={"over_provision": 4.0}),
     }
+    always = "on, drafts in every pass, tokens kept, x4"
+    settings[always] = settings["on, tokens kept, x4"]
     sides: dict[str, RolloutCollector] = {}
+    engines: dict[str, TorchEngine] = {}
     for way, config in settings.items():
         head = HeadDrafter(
             learner.model, policy.model, lambda: learner.vocabulary, num_slots=_ROUND_SLOTS, capacity=MAX_SEQ_LEN
         )
-        engine = TorchEngine(
+        mode = "head" if way == always else "auto" if way.startswith("on") else "off"
+        engine = engines[way] = TorchEngine(
             policy.model, eos_token_ids=policy.eos_token_ids, config=EngineConfig(max_slots=_ROUND_SLOTS),
-            max_seq_len=MAX_SEQ_LEN, speculator=make_speculator("auto", head) if way.startswith("on") else None,
+            max_seq_len=MAX_SEQ_LEN, speculator=make_speculator(mode, head),
         )  # fmt: skip
         enforce(engine, tail_length)
         sides[way] = (
@@ -188,7 +261,10 @@ def long_round(policy: Policy, num_rounds: int, num_steps: int) -> tuple[dict[st
             else RolloutCollector(engine, asked, config, 1)
         )
     times: dict[str, list[float]] = {way: [] for way in sides}
+    before: dict[str, EngineStats] = {}
     for round_index in range(num_rounds + _ROUND_WARMUP):
+        if round_index == _ROUND_WARMUP:
+            before = {way: copy.copy(engine.stats) for way, engine in engines.items()}
         for way, rollouts in sides.items():
             begin = time.perf_counter()
             rollouts.collect(tasks(round_index), round_index=round_index)
@@ -198,6 +274,7 @@ def long_round(policy: Policy, num_rounds: int, num_steps: int) -> tuple[dict[st
         "teaching": taught,
         "round_s": {way: round(one, 3) for way, one in round_s.items()},
         "times_as_fast": {way: round(round_s["off"] / one, 3) for way, one in round_s.items()},
+        "limits": round_limits(policy, round_s["off"], num_rounds, before, engines),
         "last_rounds": {way: rollouts.describe() for way, rollouts in sides.items()},
     }
     return figures, [
