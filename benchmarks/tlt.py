@@ -14,8 +14,8 @@ vllm      the tail of *sure* on the vLLM engine, whose drafters these are as wel
 
 A ceiling is what would come of the policy's own numbers: for drafts without noise of their own a token is right with
 the largest probability at most, on average; verifying a draft costs what this machine takes for so many tokens. Two
-more limits are of the drafts as they were: were making them free, and were a pass to cost the same whatever its rows,
-as it nearly does on a GPU while a batch is small.
+more limits are of the drafts as they were: were making them free (its time is measured, and left out), and were a pass
+to cost the same whatever its rows, as it nearly does on a GPU while a batch is small.
 """
 
 import argparse
@@ -28,7 +28,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-import numpy as np
 import torch
 from _tlt import (
     BATCHES,
@@ -112,16 +111,33 @@ def share_of_a_draft_token(policy: Policy, learner: HeadLearner) -> float:
     return of_the_drafter / of_the_policy
 
 
-def limits(engine: TorchEngine, costs: dict[int, float], drafter_share: float) -> dict[str, float]:
-    """Return tokens and rows of a sequence and pass, and how fast that were if only passes, or only drafts, cost."""
+def time_drafting(engine: TorchEngine) -> list[float]:
+    """Let an engine note how long each call of its drafters takes; return where."""
+    assert engine.speculator is not None
+    propose, taken = engine.speculator.propose, []
+
+    def timed(*args: Any) -> list[list[int]]:
+        begin = time.perf_counter()
+        drafts = propose(*args)
+        taken.append(time.perf_counter() - begin)
+        return drafts
+
+    engine.speculator.propose = timed  # type: ignore[method-assign]
+    return taken
+
+
+def limits(
+    engine: TorchEngine, seconds: float, plain_s: float, drafting_s: float, drafter_share: float
+) -> dict[str, float]:
+    """Return tokens and rows of a sequence and pass, and how fast that were without the time of drafts, or of rows."""
     stats = engine.stats
     tokens = stats.num_tokens_generated / stats.num_slot_steps
     rows = 1 + stats.num_speculated_tokens / stats.num_slot_steps
-    cost = float(np.interp(rows, [1, *costs], [1.0, *costs.values()]))
     return {
         "tokens_a_pass": round(tokens, 3),
         "rows_a_pass": round(rows, 3),
-        "were_drafts_free": round(tokens / cost, 3),
+        "drafting_share": round(drafting_s / seconds, 3),
+        "were_drafts_free": round(plain_s / (seconds - drafting_s), 3),
         "were_rows_free": round(tokens / (1 + (rows - 1) * drafter_share), 3),
     }
 
@@ -136,6 +152,7 @@ def tail_of(policy: Policy, name: str, num_groups: int, num_steps: int) -> tuple
     for batch in BATCHES:
         ways = {way: engine_of(policy, batch, one) for way, one in speculators(policy, learner, batch).items()}
         prompts = prompts_of(policy, 77, num_groups)
+        drafting = {way: time_drafting(engine) for way, engine in ways.items() if engine.speculator is not None}
         seconds, written = take_turns(ways, prompts)
         num_tokens = sum(map(len, written["plain"]))
         found: dict[str, Any] = {"tokens_per_s_plain": round(num_tokens / seconds["plain"], 1)}
@@ -148,7 +165,13 @@ def tail_of(policy: Policy, name: str, num_groups: int, num_steps: int) -> tuple
         for way in list(ways)[1:]:
             found[way] = {
                 "times_plain": round(seconds["plain"] / seconds[way], 3),
-                **limits(ways[way], costs, share if way in ("head", "auto") else 0.0),
+                **limits(
+                    ways[way],
+                    seconds[way],
+                    seconds["plain"],
+                    sum(drafting[way]),
+                    share if way in ("head", "auto") else 0.0,
+                ),
                 **fared(ways[way]),
                 "completions_equal": written[way] == written["plain"],
             }
@@ -174,7 +197,7 @@ def tail_of(policy: Policy, name: str, num_groups: int, num_steps: int) -> tuple
 
 
 def row_s(policy: Policy) -> tuple[float, float]:
-    """Return what one more row takes in a pass of many, its arithmetic: in the layers, and in the LM head."""
+    """Return what one more row takes in a pass of many: in the layers, with 128 positions, and in the LM head."""
     runner = engine_of(policy, _ROUND_SLOTS, None)._runner
     least: dict[int, tuple[float, float]] = {}
     with torch.inference_mode():
@@ -195,19 +218,19 @@ def row_s(policy: Policy) -> tuple[float, float]:
 def round_limits(
     policy: Policy, off_s: float, num_rounds: int, before: Mapping[str, EngineStats], engines: Mapping[str, TorchEngine]
 ) -> dict[str, Any]:
-    """Return what arithmetic alone would take of a round, and what came of it were all passes to take as long."""
+    """Return what a round would take if all its tokens were rows of full passes, and how many passes each way needs."""
     since = {way: engine.stats for way, engine in engines.items()}
     num_passes = {way: (since[way].num_steps - before[way].num_steps) / num_rounds for way in engines}
     written = (since["off"].num_tokens_generated - before["off"].num_tokens_generated) / num_rounds
     prefilled = (since["off"].num_tokens_prefilled - before["off"].num_tokens_prefilled) / num_rounds
     in_layers_s, in_head_s = row_s(policy)
-    arithmetic_s = (written + prefilled) * in_layers_s + written * in_head_s
+    rows_s = (written + prefilled) * in_layers_s + written * in_head_s
     return {
         "tokens_written": round(written, 1),
         "tokens_prefilled": round(prefilled, 1),
         "row_ms": [round(1e3 * in_layers_s, 3), round(1e3 * in_head_s, 3)],
-        "arithmetic_s": round(arithmetic_s, 3),
-        "times_as_fast_at_most": round(off_s / arithmetic_s, 3),
+        "in_full_passes_s": round(rows_s, 3),
+        "times_as_fast_in_full_passes": round(off_s / rows_s, 3),
         "num_passes": {way: round(one, 1) for way, one in num_passes.items()},
         "times_as_fast_were_passes_alike": {way: round(num_passes["off"] / one, 3) for way, one in num_passes.items()},
     }

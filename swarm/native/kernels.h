@@ -28,11 +28,6 @@ INLINE v16u16 FN(to_bf16)(v16f v) {
     return __builtin_convertvector(bits >> 16, v16u16);
 }
 
-/* A tile of so many rows computes for long enough between two loads of weights that the processor does not look far ahead
- * by itself: it fetches what it will read so many bytes later. With fewer rows it waits for memory alone. */
-#define FETCHING_ROWS 5
-#define FETCHING_BYTES 4096
-
 #define SELECT(mask, a, b) ((v16f)(((v16i)(a) & (mask)) | ((v16i)(b) & ~(mask))))
 #define ALL(x) ((v16f){0} + (x))
 
@@ -104,9 +99,14 @@ INLINE v16f FN(add_pairs)(v16f acc, v16u a, uint32_t b) {
 
 INLINE v16u FN(load_pairs)(const void *p) { v16u v; __builtin_memcpy(&v, p, 64); return v; }
 
+/* A tile of so many rows computes for long enough between two loads of weights that the processor does not look far ahead
+ * by itself: it fetches what it will read so many bytes later. With fewer rows it waits for memory alone. */
+#define FETCHING_ROWS 5
+#define FETCHING_BYTES 4096
+
 /* One tile of a matmul: rows x[0..rows) times `blocks` blocks of 16 outputs. acc: [rows][blocks].
  * Weights are packed [out / 16][in / 2][16][2] in bf16 and [out / 16][in][16] in fp32: a load is 16 outputs.
- * `ahead` and `beside` are what to fetch meanwhile, a cache line a step each, or NULL. */
+ * `ahead` is what to fetch meanwhile, a cache line a step, or NULL. */
 INLINE void FN(tile)(const int is_bf16, const int rows, const int blocks, const void *x, const void *w, int in,
                      const char *ahead, v16f acc[12][4]) {
 #pragma GCC unroll 12

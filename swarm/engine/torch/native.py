@@ -114,8 +114,8 @@ class _Packed:
         """Begin anew, in the same memory."""
         self._end = 0
 
-    def add(self, weight: torch.Tensor) -> int:
-        """Append [out, in] as [out / 16][in / 2][16][2] in bf16, [out / 16][in][16] in float32; return its address."""
+    def add(self, weight: torch.Tensor) -> torch.Tensor:
+        """Append [out, in] as [out / 16][in / 2][16][2] in bf16, or [out / 16][in][16] in float32; return it there."""
         lanes = _pad_rows(weight.contiguous())
         if weight.dtype == torch.bfloat16:
             lanes = lanes.view(torch.int32)  # two inputs side by side are one item
@@ -123,7 +123,7 @@ class _Packed:
         num_out, num_in = weight.shape
         begin, self._end = self._end, self._end + self.size(num_out, num_in, weight.dtype)
         packed = self._memory[begin : self._end].view(blocks.dtype).view(blocks.shape)
-        return packed.copy_(blocks).data_ptr()
+        return packed.copy_(blocks)
 
 
 def _interleave(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
@@ -205,7 +205,7 @@ class NativeRunner(ModelRunner):
         state = {name: tensor.detach() for name, tensor in state.items()}
         keep = self._tensors
 
-        def address(name: str, tensor: torch.Tensor | None) -> int | None:
+        def weight(name: str, tensor: torch.Tensor | None) -> int | None:
             """Keep a tensor alive and return its address."""
             if tensor is None:
                 return None
@@ -223,20 +223,17 @@ class NativeRunner(ModelRunner):
             found = vector(*(f"{name}.bias" for name in names))
             return None if found is None else _pad_rows(found)
 
+        pack = self._packed.add
         self._packed.clear()
         for index in range(self._shape.num_layers):
             at = f"model.layers.{index}."
             qkv = tuple(f"{at}self_attn.{name}_proj" for name in "qkv")
             gate, up = matrix(f"{at}mlp.gate_proj"), matrix(f"{at}mlp.up_proj")
-            matrices = {
-                "qkv": matrix(*qkv),
-                "out": matrix(f"{at}self_attn.o_proj"),
-                "gate_up": _interleave(gate, up),
-                "down": matrix(f"{at}mlp.down_proj"),
-            }
-            for name, tensor in matrices.items():
-                setattr(self._layers[index], name, self._packed.add(tensor))
-            vectors = {
+            fields = {
+                "qkv": pack(matrix(*qkv)),
+                "out": pack(matrix(f"{at}self_attn.o_proj")),
+                "gate_up": pack(_interleave(gate, up)),
+                "down": pack(matrix(f"{at}mlp.down_proj")),
                 "qkv_bias": bias(*qkv),
                 "out_bias": bias(f"{at}self_attn.o_proj"),
                 "attention_norm": vector(f"{at}input_layernorm.weight"),
@@ -244,18 +241,17 @@ class NativeRunner(ModelRunner):
                 "query_norm": vector(f"{at}self_attn.q_norm.weight"),
                 "key_norm": vector(f"{at}self_attn.k_norm.weight"),
             }
-            for name, values in vectors.items():
-                setattr(self._layers[index], name, address(at + name, values))
+            for name, tensor in fields.items():
+                setattr(self._layers[index], name, weight(at + name, tensor))
         embedding = state["model.embed_tokens.weight"].to(self.dtype)
         head = state.get("lm_head.weight")
         keep["embedding"] = embedding.clone()
-        self._model.head = self._packed.add(embedding if head is None else head.to(self.dtype))
+        keep["head"] = pack(embedding if head is None else head.to(self.dtype))
         final_norm = vector("model.norm.weight")
         if final_norm is not None:  # a drafter's layer has none
             keep["final_norm"] = final_norm
         for name in _POINTERS:
-            if name != "head":
-                setattr(self._model, name, keep[name].data_ptr() if name in keep else None)
+            setattr(self._model, name, keep[name].data_ptr() if name in keep else None)
 
     def _forward(
         self,
@@ -350,7 +346,7 @@ class NativeLinear:
         self._scratch = torch.zeros(_MAX_ROWS, width, dtype=weight.dtype)
         self._model = _Model(
             is_bf16=weight.dtype == torch.bfloat16, hidden=width, vocab=self._num_out,
-            head=self._packed.add(weight), input=self._scratch.data_ptr(),
+            head=self._packed.add(weight).data_ptr(), input=self._scratch.data_ptr(),
             num_threads=min(torch.get_num_threads(), _MAX_THREADS),
         )  # fmt: skip
 
